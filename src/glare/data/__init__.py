@@ -1,0 +1,1 @@
+"""Images and masks: folders, the Hub, parquet and tar shards, and the procedural landcover scenes."""
