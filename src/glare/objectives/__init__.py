@@ -1,0 +1,1 @@
+"""What is learned from views: one file an objective, each opening with its equations."""

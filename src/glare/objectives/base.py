@@ -1,0 +1,95 @@
+"""What every objective takes and gives."""
+
+from dataclasses import dataclass, field
+from typing import Protocol, Self
+
+import torch
+from torch import Tensor, nn
+
+from glare.features import Features
+from glare.views import Views
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What one step of an objective yields.
+
+    ``losses`` are scalars to be summed with weight 1; ``batch_means`` the teacher's mean logits (K,) by centre, for
+    ``Objective.update``; ``health`` scalars to be logged.
+    """
+
+    losses: dict[str, Tensor]
+    batch_means: dict[str, Tensor] = field(default_factory=dict)
+    health: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def total(self) -> Tensor:
+        """The loss to differentiate (paper eq. 10)."""
+        return torch.stack(list(self.losses.values())).sum()
+
+
+class Objective(Protocol):
+    """A module that owns the heads it needs and turns features into loss terms.
+
+    ``forward`` changes nothing; ``update`` is called once an optimizer step, in sight of the training loop.
+    """
+
+    def __call__(
+        self,
+        student: tuple[Features, Features],
+        teacher: Features,
+        views: Views,
+        *,
+        target: Self,
+        temperature: float,
+        generator: torch.Generator,
+    ) -> Terms:
+        """Loss terms from features of the student's (augmented global, local) views and the teacher's clean globals.
+
+        ``target`` is the teacher's copy of this objective, whose heads are moving averages of this one's.
+        """
+
+    def update(self, batch_means: dict[str, Tensor]) -> None:
+        """Move the centres."""
+
+
+class ProjectionHead(nn.Module):
+    """g of paper eq. 4: a three-layer MLP, L2-normalised, onto K prototypes of learned length (DINO's head).
+
+    ``forward`` gives the normalised bottleneck; ``prototypes`` the logits of it, so that a loss can compute logits
+    only for the rows it needs, in chunks. The layout of parameters is DINO's: ``mlp.0, .2, .4``,
+    ``last_layer.weight_g`` (K, 1) and ``last_layer.weight_v`` (K, bottleneck).
+    """
+
+    def __init__(self, dim: int, *, hidden: int = 2048, bottleneck: int = 256, prototypes: int = 8192) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck)
+        )
+        self.last_layer = Prototypes(bottleneck, prototypes)
+        for module in self.mlp:
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """(..., dim) -> (..., bottleneck), unit length, float32."""
+        return nn.functional.normalize(self.mlp(rows).float(), dim=-1)
+
+    def prototypes(self, bottleneck: Tensor) -> Tensor:
+        """(..., bottleneck) -> logits (..., K), float32."""
+        with torch.autocast(bottleneck.device.type, enabled=False):
+            return self.last_layer(bottleneck.float())  # type: ignore[no-any-return]
+
+
+class Prototypes(nn.Module):
+    """Linear without bias whose rows have direction ``weight_v`` and length ``weight_g``, initially 1."""
+
+    def __init__(self, dim: int, count: int) -> None:
+        super().__init__()
+        self.weight_g = nn.Parameter(torch.ones(count, 1))
+        self.weight_v = nn.Parameter(nn.init.trunc_normal_(torch.empty(count, dim), std=0.02))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """(..., dim) -> (..., count)."""
+        return nn.functional.linear(rows, self.weight_g * nn.functional.normalize(self.weight_v, dim=-1))

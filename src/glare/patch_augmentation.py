@@ -1,0 +1,113 @@
+"""Patch-level augmentation of the student's global views (paper section 4.3): which patches, and what is done to them.
+
+The paper blurs patches instead of masking them, since masked modelling is data-hungry; masking, noise and rotation
+are its ablations. A learned mask token takes the place of a patch *after* the patch embedding, so for ``mask`` the
+pixels stay as they are and the encoder gets the mask (see ``features.encode``).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from glare.geometry import Grid
+from glare.photometric import gaussian_blur
+
+BLOCK_ATTEMPTS = 10  # of BEiT's block masking, as in iBOT
+BLOCK_ASPECT = 0.3
+NOISE_STD = 1.0  # in units of the normalised image
+
+
+def sample_patch_mask(
+    count: int, grid: Grid, *, prob: float, ratio: tuple[float, float], block: bool, generator: torch.Generator
+) -> Tensor:
+    """Patches to augment, (count, rows * columns) bool, on the CPU.
+
+    An image is left alone with probability 1 - ``prob``; otherwise ``int(r * patches)`` of its patches are chosen
+    with r ~ U(ratio), at random places or in BEiT's blocks (iBOT's sampler; section 6.3 of its settings).
+    """
+    patches = grid[0] * grid[1]
+    active = torch.rand(count, generator=generator) < prob
+    share = torch.rand(count, generator=generator) * (ratio[1] - ratio[0]) + ratio[0]
+    wanted = torch.where(active, (share * patches).long(), 0)
+    if block:
+        return torch.stack([_block_mask(int(n), grid, generator) for n in wanted])
+    rank = torch.rand((count, patches), generator=generator).argsort(dim=1).argsort(dim=1)
+    return rank < wanted.unsqueeze(1)
+
+
+def _block_mask(wanted: int, grid: Grid, generator: torch.Generator) -> Tensor:
+    """At most ``wanted`` patches in rectangular blocks of at least a third of the grid's side squared (BEiT)."""
+    mask = torch.zeros(grid, dtype=torch.bool)
+    smallest = (grid[0] // 3) ** 2
+    while (left := wanted - int(mask.sum())) > 0:
+        for _ in range(BLOCK_ATTEMPTS):
+            block = _random_block(grid, area=(min(smallest, left), left), generator=generator)
+            fresh = int((~mask[block]).sum()) if block else 0
+            if block and 0 < fresh <= left:
+                mask[block] = True
+                break
+        else:
+            break
+    return mask.flatten()
+
+
+def _random_block(grid: Grid, *, area: tuple[int, int], generator: torch.Generator) -> tuple[slice, slice] | None:
+    size, aspect, top, left = torch.rand(4, generator=generator).tolist()
+    size = area[0] + size * (area[1] - area[0])
+    stretch = math.exp((2 * aspect - 1) * math.log(1 / BLOCK_ASPECT))
+    rows, columns = round(math.sqrt(size * stretch)), round(math.sqrt(size / stretch))
+    if not (0 < rows <= grid[0] and 0 < columns <= grid[1]):
+        return None
+    first_row, first_column = int(top * (grid[0] - rows + 1)), int(left * (grid[1] - columns + 1))
+    return slice(first_row, first_row + rows), slice(first_column, first_column + columns)
+
+
+def augment_patches(
+    images: Tensor, mask: Tensor, *, kind: str, patch_size: int, blur_sigma: float, generator: torch.Generator
+) -> Tensor:
+    """X_m of paper eq. 8: the views with the chosen patches changed, every other pixel bit-equal.
+
+    Args:
+        images: (n, 3, h, w), normalised.
+        mask: (n, patches) bool, row-major.
+        kind: ``blur`` (the whole view with a Gaussian, then composed), ``noise`` (Gaussian, added), ``rotation``
+            (each patch by 90, 180 or 270 degrees), or ``mask`` (left to the encoder, the images come back as given).
+        patch_size: side of a patch in px.
+        blur_sigma: of ``blur``, in patch sides.
+        generator: for noise and rotation, on the CPU.
+    """
+    rows = mask.any(dim=1).nonzero().squeeze(1)
+    if kind == "mask" or not len(rows):
+        return images
+    chosen = images[rows]
+    if kind == "blur":
+        changed = _blur(chosen, blur_sigma * patch_size)
+    elif kind == "noise":
+        changed = chosen + NOISE_STD * torch.randn(chosen.shape, generator=generator).to(chosen)
+    else:
+        changed = _rotate(chosen, patch_size, generator)
+    where = _to_pixels(mask[rows], patch_size, chosen.shape[-2:])
+    return images.index_copy(0, rows, torch.where(where, changed, chosen))
+
+
+def _to_pixels(mask: Tensor, patch_size: int, size: torch.Size) -> Tensor:
+    """(n, patches) -> (n, 1, h, w), each patch's value on all of its pixels."""
+    grid = mask.view(len(mask), 1, size[0] // patch_size, size[1] // patch_size)
+    return grid.repeat_interleave(patch_size, dim=2).repeat_interleave(patch_size, dim=3)
+
+
+def _blur(images: Tensor, sigma_px: float) -> Tensor:
+    sigma = images.new_full((len(images),), sigma_px)
+    return gaussian_blur(images, sigma, radius=math.ceil(3 * sigma_px))
+
+
+def _rotate(images: Tensor, patch_size: int, generator: torch.Generator) -> Tensor:
+    count, channels, height, width = images.shape
+    grid = (count, channels, height // patch_size, patch_size, width // patch_size, patch_size)
+    patches = images.view(grid).transpose(3, 4)  # (n, c, rows, columns, p, p)
+    turns = torch.randint(1, 4, (count, 1, grid[2], grid[4], 1, 1), generator=generator).to(images.device)
+    turned = patches
+    for k in (1, 2, 3):
+        turned = torch.where(turns == k, patches.rot90(k, dims=(4, 5)), turned)
+    return turned.transpose(3, 4).reshape(images.shape)

@@ -1,0 +1,108 @@
+"""Attention-aware regions: where they start and which patches they hold (paper section 4.2, "region sampling")."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from glare.geometry import Grid
+from glare.recipes import option
+
+
+@dataclass(frozen=True)
+class RegionConfig:
+    """How regions are drawn. The paper gives M = 6, the number of heads of ViT-S: one region a head."""
+
+    count: int | None = option(None, "regions a view; one for each attention head where not given")
+    sampling: str = option("attention", "what picks the start patch", choices=("attention", "random"))
+    min_side: int = option(3, "smallest number of patches a side")
+    max_side: int = option(7, "largest number of patches a side")
+    anchor: str = option("corner", "place of the start patch in its region", choices=("corner", "centre"))
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_side <= self.max_side:
+            raise ValueError(f"min_side, max_side are {self.min_side}, {self.max_side}; give 1 <= min_side <= max_side")
+        if self.count is not None and self.count < 1:
+            raise ValueError(f"count is {self.count}; give 1 or more")
+
+
+@dataclass(frozen=True)
+class Regions:
+    """M regions of each of b views, padded to the same number l of patches.
+
+    ``index`` (b, m, l) int64, patches of the view; ``valid`` (b, m, l) bool, padding is False;
+    ``match_index`` (b, m, l) int64, the corresponding patches of the other view, R'; ``matched`` (b, m, l) bool,
+    a patch of the region that has a correspondence (implies ``valid``).
+    """
+
+    index: Tensor
+    valid: Tensor
+    match_index: Tensor
+    matched: Tensor
+
+
+def sample_regions(
+    attention: Tensor,
+    match: tuple[Tensor, Tensor],
+    grid: Grid,
+    config: RegionConfig,
+    *,
+    generator: torch.Generator,
+) -> Regions:
+    """Draw the regions of one view of every image.
+
+    Args:
+        attention: (b, heads, n), what the [CLS] token attends to in the last block, head by head.
+        match: index and valid of ``geometry.match``, (b, n) each.
+        grid: (rows, columns) of the view, n = rows * columns.
+        config: number, size and start of the regions.
+        generator: source of the draws, on the CPU.
+
+    A start patch is the most attended one (or a random one) *among those with a correspondence*; the region's
+    sides are uniform in [min_side, max_side] and it is shifted to lie inside the grid. A view without any
+    correspondence gets regions of which nothing is matched.
+    """
+    match_index, match_valid = match
+    heads = _choose_heads(attention.shape[1], config.count, generator).to(attention.device)
+    if config.sampling == "attention":
+        score = attention.float()[:, heads]
+    else:
+        shape = (attention.shape[0], len(heads), attention.shape[2])
+        score = torch.rand(shape, generator=generator).to(attention.device)
+    start = score.masked_fill(~match_valid.unsqueeze(1), -1).argmax(dim=-1)
+    index, valid = _rectangles(start, grid, config, generator)
+    flat = index.flatten(1)
+    return Regions(
+        index=index,
+        valid=valid,
+        match_index=match_index.gather(1, flat).view_as(index),
+        matched=valid & match_valid.gather(1, flat).view_as(index),
+    )
+
+
+def _choose_heads(num_heads: int, count: int | None, generator: torch.Generator) -> Tensor:
+    """The head of each region: each once, a random choice where there are more heads than regions."""
+    wanted = count or num_heads
+    if wanted < num_heads:
+        return torch.randperm(num_heads, generator=generator)[:wanted].sort().values
+    return torch.arange(wanted) % num_heads
+
+
+def _rectangles(
+    start: Tensor, grid: Grid, config: RegionConfig, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Patches of random rectangles that hold the patch ``start`` (b, m): index and valid, (b, m, l)."""
+    limits = torch.tensor(grid)
+    low, high = limits.clamp(max=config.min_side), limits.clamp(max=config.max_side)
+    draw = torch.rand((*start.shape, 2), generator=generator)
+    sides = (low + (draw * (high - low + 1)).floor()).long().to(start.device)  # (b, m, 2) rows, columns
+    rows, columns = grid
+    corner = torch.stack([start // columns, start % columns], dim=-1)
+    if config.anchor == "centre":
+        corner = corner - sides // 2
+    corner = corner.clamp(min=0).minimum(limits.to(start.device) - sides)
+    steps = [torch.arange(int(side), device=start.device) for side in high]
+    down, across = (s.flatten() for s in torch.meshgrid(*steps, indexing="ij"))
+    valid = (down < sides[..., :1]) & (across < sides[..., 1:])
+    index = (corner[..., :1] + down) * columns + corner[..., 1:] + across
+    return torch.where(valid, index, 0), valid
