@@ -44,6 +44,13 @@ class PackedImages:
         return PackedImages(self.pixels.to(device), self.start.to(device), self.size.to(device))
 
 
+def subset(images: PackedImages, index: Tensor) -> PackedImages:
+    """Only the images ``index`` (n,), packed anew: what has to travel when the pack does not fit the device."""
+    chosen = [images.image(i).reshape(-1, 3) for i in index.tolist()]
+    size = images.size[index]
+    return PackedImages(torch.cat(chosen), size.prod(dim=1).cumsum(0) - size.prod(dim=1), size)
+
+
 def cut(images: PackedImages, index: Tensor, crop: Crop, *, size: tuple[int, int]) -> Tensor:
     """Crop and resize, antialiased bicubic.
 

@@ -14,12 +14,13 @@ from glare.views import Views
 class Terms:
     """What one step of an objective yields.
 
-    ``losses`` are scalars to be summed with weight 1; ``batch_means`` the teacher's mean logits (K,) by centre, for
-    ``Objective.update``; ``health`` scalars to be logged.
+    ``losses`` are scalars to be summed with weight 1; ``batch_sums`` the sum (K,) of the teacher's raw logits and
+    the number of rows in it, by centre, so that ranks can be added up before ``Objective.update``; ``health``
+    scalars to be logged.
     """
 
     losses: dict[str, Tensor]
-    batch_means: dict[str, Tensor] = field(default_factory=dict)
+    batch_sums: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     health: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -49,8 +50,8 @@ class Objective(Protocol):
         ``target`` is the teacher's copy of this objective, whose heads are moving averages of this one's.
         """
 
-    def update(self, batch_means: dict[str, Tensor]) -> None:
-        """Move the centres."""
+    def update(self, batch_sums: dict[str, tuple[Tensor, Tensor]]) -> None:
+        """Move the centres towards the means of ``Terms.batch_sums``; one without rows stays."""
 
 
 class ProjectionHead(nn.Module):

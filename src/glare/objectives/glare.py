@@ -110,10 +110,11 @@ class GlareObjective(nn.Module):
         """The centre (K,) of one of ``LEVELS``."""
         return self.get_buffer(f"centre_{level}")
 
-    def update(self, batch_means: dict[str, Tensor]) -> None:
+    def update(self, batch_sums: dict[str, tuple[Tensor, Tensor]]) -> None:
         """Move each centre towards the mean of this step's teacher logits."""
-        for level, mean in batch_means.items():
-            self.centre(level).copy_(update_centre(self.centre(level), mean))
+        for level, (total, rows) in batch_sums.items():
+            moved = update_centre(self.centre(level), total / rows.clamp(min=1))
+            self.centre(level).copy_(torch.where(rows > 0, moved, self.centre(level)))
 
     def forward(
         self,
@@ -136,7 +137,7 @@ class GlareObjective(nn.Module):
             terms["loc1"] = step.augmented_patch_term()
         if "loc2" in self.config.terms:
             terms["loc2"] = step.cross_view_patch_term()
-        return Terms(terms, step.batch_means, step.health)
+        return Terms(terms, step.batch_sums, step.health)
 
 
 class _Step:
@@ -156,7 +157,7 @@ class _Step:
         self.teacher, self.views = teacher, views
         crops = views.global_crops
         self.matches = [match(crops[a], crops[b], views.grid) for a, b in DIRECTIONS]
-        self.batch_means: dict[str, Tensor] = {}
+        self.batch_sums: dict[str, tuple[Tensor, Tensor]] = {}
         self.health = {"matched_share": torch.stack([valid for _, valid in self.matches]).float().mean()}
         self._teacher_patches: Tensor | None = None
 
@@ -168,7 +169,7 @@ class _Step:
         with torch.no_grad():
             raw = target.head.prototypes(target.head(self.teacher.cls))
             prob = teacher_probabilities(raw, objective.centre("cls"), self.temperature)
-        self.batch_means["cls"] = raw.mean(dim=(0, 1))
+        self.batch_sums["cls"] = raw.sum(dim=(0, 1)), raw.new_tensor(raw.shape[:2]).prod()
         marginal = prob.mean(dim=(0, 1))
         self.health["teacher_entropy"] = torch.special.entr(prob).sum(dim=-1).mean()
         self.health["marginal_entropy"] = torch.special.entr(marginal).sum()
@@ -200,10 +201,7 @@ class _Step:
         for (a, b), found in zip(DIRECTIONS, self.matches, strict=True):
             regions = sample_regions(attention[a], found, self.views.grid, config.regions, generator=generator)
             pairs.append(self._regional_pairs(self.student.patches[a], self.teacher.patches[b], regions))
-        with torch.no_grad():
-            total = torch.cat([teacher for _, teacher in pairs])
-            if len(total):
-                self.batch_means["region"] = self.target.head.prototypes(total.mean(dim=0))
+        self._add_up("region", torch.cat([teacher for _, teacher in pairs]))
         terms = [masked_mean(self._entropy(s, t, level="region"), len(s)) for s, t in pairs]
         return torch.stack(terms).mean()
 
@@ -220,15 +218,17 @@ class _Step:
 
     @property
     def teacher_patches(self) -> Tensor:
-        """Bottleneck of all teacher patches (2, b, n, bottleneck), shared by both local terms; moves their centre.
-
-        The last layer is linear, so the mean of all logits is the logits of the mean bottleneck.
-        """
+        """Bottleneck of all teacher patches (2, b, n, bottleneck), shared by both local terms and their centre."""
         if self._teacher_patches is None:
             with torch.no_grad():
                 self._teacher_patches = self.target.head(self.teacher.patches)
-                self.batch_means["patch"] = self.target.head.prototypes(self._teacher_patches.mean(dim=(0, 1, 2)))
+            self._add_up("patch", self._teacher_patches.flatten(0, 2))
         return self._teacher_patches
+
+    @torch.no_grad()
+    def _add_up(self, level: str, rows: Tensor) -> None:
+        """Sum of the teacher's logits of bottleneck ``rows``: the last layer is linear, so the logits of their sum."""
+        self.batch_sums[level] = self.target.head.prototypes(rows.sum(dim=0)), rows.new_tensor(len(rows))
 
     def _patch_entropy(self, student: Tensor, teacher: Tensor) -> Tensor:
         return self._entropy(self.objective.head(student), teacher, level="patch")

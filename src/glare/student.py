@@ -1,0 +1,54 @@
+"""What trains: a backbone whose adapters learn, and the objective's heads; one module, so that one copy is the teacher."""
+
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from glare.features import Features, encode, use_packed_attention
+from glare.objectives.base import Objective, Terms
+from glare.views import Views
+
+
+class Student(nn.Module):
+    """Backbone and objective. ``forward`` is the differentiable part of a step, so that DDP can wrap it.
+
+    Both student and teacher run without dropout and stochastic depth: packed crops share one sequence.
+    """
+
+    def __init__(self, backbone: PreTrainedModel, objective: nn.Module, *, mask_token: bool) -> None:
+        super().__init__()
+        use_packed_attention(backbone)
+        self.backbone = backbone.eval()
+        self.objective = objective
+        dim = backbone.config.hidden_size
+        self.mask_token = nn.Parameter(torch.zeros(dim)) if mask_token else None
+
+    @torch.no_grad()
+    def target_features(self, views: Views) -> Features:
+        """The teacher's role: features of the clean global views, with the [CLS] attention of the last block."""
+        return encode(self.backbone, [views.global_], attention=True)[0]
+
+    def forward(
+        self,
+        views: Views,
+        teacher: Features,
+        *,
+        target: Self,
+        temperature: float,
+        generator: torch.Generator,
+    ) -> Terms:
+        """Loss terms of one batch; ``teacher`` are ``target.target_features(views)``."""
+        groups = [views.augmented, views.local] if len(views.local) else [views.augmented]
+        features = encode(self.backbone, groups, mask=views.patch_mask, mask_token=self.mask_token)
+        local = features[1] if len(views.local) else _no_views(features[0])
+        objective: Objective = self.objective  # type: ignore[assignment]
+        return objective(
+            (features[0], local), teacher, views, target=target.objective, temperature=temperature, generator=generator
+        )
+
+
+def _no_views(like: Features) -> Features:
+    empty: Tensor = like.cls[:0]
+    return Features(cls=empty, patches=like.patches[:0])
