@@ -1,0 +1,109 @@
+"""The ViT an adaptation starts from: found, loaded in float32 and given what is to train (paper section 3.2)."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig
+from torch import nn
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+
+from glare.errors import UserError
+from glare.modeling_glare import GlareModel, vit_blocks
+from glare.uniadapter import UniAdapterConfig
+from glare.views import Normalisation
+
+ADAPTERS = ("uniadapter", "lora", "full", "norm")
+EMBEDDED = "landcover-vit"
+EMBEDDED_FOLDER = Path(__file__).parent / "assets" / EMBEDDED
+
+
+def load_backbone(name: str) -> GlareModel:
+    """A ViT as GlareModel, with the adapters it was saved with, if any; float32.
+
+    ``name`` is a folder written by transformers or by a run of this package, a Hub id, ``landcover-vit`` (the small
+    ViT inside this package), or a ``config.json``, which gives a ViT of random weights. Raises UserError for
+    anything else.
+    """
+    folder = resolve_backbone(name)
+    try:
+        if folder.endswith(".json"):
+            model = AutoModel.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
+        else:
+            model = AutoModel.from_pretrained(folder, dtype=torch.float32)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(_unknown(name, error)) from error
+    if not isinstance(model, GlareModel):
+        try:
+            vit_blocks(model)
+        except ValueError as error:
+            raise UserError(_unknown(name, error)) from error
+        model = GlareModel.from_backbone(model, None)
+    model.backbone.name_or_path = name
+    return model
+
+
+def resolve_backbone(name: str) -> str:
+    """The folder or Hub id behind ``name``: the embedded ViT, the ``model`` of a run folder, or ``name`` itself."""
+    if name == EMBEDDED:
+        return str(EMBEDDED_FOLDER)
+    folder = Path(name)
+    if (folder / "recipe.yaml").exists() and (folder / "model" / "config.json").exists():
+        return str(folder / "model")
+    return name
+
+
+def _unknown(name: str, error: Exception) -> str:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return (
+        f"backbone {name!r} cannot be loaded ({reason}); give a folder with config.json and model.safetensors of a "
+        f"ViT, DeiT, DINOv2 or DINOv3, a Hub id of one, or {EMBEDDED!r} for the small ViT of this package"
+    )
+
+
+def adapt(model: GlareModel, kind: str, *, rank: int, scale: float) -> GlareModel:
+    """Freeze what does not train and add fresh adapters; a model that already has adapters goes on training them.
+
+    ``kind``: ``uniadapter`` (eq. 3 after every attention layer), ``lora`` (the same layers' linear projections),
+    ``norm`` (the layer norms) or ``full`` (every weight).
+    """
+    backbone = model.backbone
+    if model.config.adapter_config is not None:
+        present = str(model.config.adapter_config["peft_type"]).lower()
+        if present != kind:
+            raise UserError(f"the backbone already has {present} adapters, --adapter {kind} is not possible: give {present}")
+    elif kind in ("uniadapter", "lora"):
+        model = GlareModel.from_backbone(backbone, _adapter_config(backbone, kind, rank=rank, scale=scale))
+    for name, parameter in model.backbone.named_parameters():
+        trains = any(part in name for part in ("uniadapter_", "lora_")) or (kind == "full" and "mask_token" not in name)
+        parameter.requires_grad_(trains)
+    if kind == "norm":
+        for module in model.backbone.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.requires_grad_(True)
+    return model
+
+
+def _adapter_config(backbone: PreTrainedModel, kind: str, *, rank: int, scale: float) -> PeftConfig:
+    if kind == "uniadapter":
+        return UniAdapterConfig(r=rank, scale=scale)
+    attention = vit_blocks(backbone)[0].attention
+    targets = [name.rsplit(".", 1)[-1] for name, child in attention.named_modules() if isinstance(child, nn.Linear)]
+    return LoraConfig(r=rank, lora_alpha=scale * rank, target_modules=targets)
+
+
+def read_normalisation(name: str) -> Normalisation:
+    """Mean and standard deviation from the backbone's ``preprocessor_config.json``; ImageNet's where it has none."""
+    from transformers.utils import cached_file
+
+    path = cached_file(
+        resolve_backbone(name), "preprocessor_config.json", _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False, _raise_exceptions_for_gated_repo=False,
+    )
+    if path is None:
+        return Normalisation()
+    settings: dict[str, Any] = json.loads(Path(path).read_text())
+    if "image_mean" not in settings or "image_std" not in settings:
+        return Normalisation()
+    return Normalisation(tuple(settings["image_mean"]), tuple(settings["image_std"]))

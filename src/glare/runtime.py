@@ -1,0 +1,116 @@
+"""What all training jobs share below the loop: processes and precision, seeded draws, clocks, optimizer state."""
+
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor
+
+from glare.errors import UserError
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+TRACKERS = ("tensorboard", "none")
+
+
+def make_accelerator(*, device: str, precision: str, report_to: str, output: Path) -> Accelerator:
+    """Accelerate for one job; several jobs may follow each other in one process.
+
+    ``precision`` auto is bf16 where the processor computes in it, else fp32.
+    """
+    if device in ("cuda", "mps") and not getattr(torch, device if device == "cuda" else "backends.mps").is_available():
+        raise UserError(f"device {device!r} is not available on this machine; leave --device out or give cpu")
+    AcceleratorState._reset_state(reset_partial_state=False)
+    cpu = device == "cpu" or (device == "auto" and not torch.accelerator.is_available())
+    if precision == "auto":
+        precision = "bf16" if _has_bf16(cpu=cpu) else "fp32"
+    if cpu and precision == "fp16":
+        raise UserError("precision 'fp16' needs a GPU; give bf16 or fp32")
+    return Accelerator(
+        mixed_precision="no" if precision == "fp32" else precision,
+        cpu=cpu,
+        log_with=None if report_to == "none" else report_to,
+        project_dir=str(output),
+    )
+
+
+def _has_bf16(*, cpu: bool) -> bool:
+    if cpu:
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+
+
+def seeded(*parts: int) -> torch.Generator:
+    """A generator that depends on all of ``parts`` (seed, step, rank, ...): nothing to save, nothing to restore."""
+    state = np.random.SeedSequence(parts).generate_state(2, dtype=np.uint32)
+    return torch.Generator().manual_seed(int(state[0]) << 32 | int(state[1]))
+
+
+def epoch_batches(count: int, batch_size: int, *, seed: int, start: int = 0) -> Iterator[Tensor]:
+    """Endless batches of indices into ``count`` images, from step ``start`` on.
+
+    Each epoch is a fresh permutation whose incomplete last batch is dropped; sets smaller than a batch fill it
+    with several permutations.
+    """
+    per_epoch = max(1, count // batch_size)
+    step = start
+    while True:
+        epoch, place = divmod(step, per_epoch)
+        generator = seeded(seed, epoch)
+        rounds = -(-batch_size // count)
+        order = torch.cat([torch.randperm(count, generator=generator) for _ in range(rounds)])
+        for first in range(place * batch_size, per_epoch * batch_size, batch_size):
+            yield order[first : first + batch_size]
+            step += 1
+
+
+class Clock:
+    """Seconds spent in named parts of a loop."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.started = time.perf_counter()
+
+    @contextmanager
+    def measure(self, part: str) -> Iterator[None]:
+        """Add the time of the block to ``part``."""
+        begin = time.perf_counter()
+        yield
+        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - begin
+
+    def share(self, part: str) -> float:
+        """Share of ``part`` in all time since the clock was made."""
+        return self.seconds.get(part, 0.0) / max(self.elapsed, 1e-9)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the clock was made."""
+        return time.perf_counter() - self.started
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """State of an optimizer as named tensors: ``<parameter number>.<entry>``."""
+    state = optimizer.state_dict()["state"]
+    return {f"{number}.{name}": torch.as_tensor(value) for number, entry in state.items() for name, value in entry.items()}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Undo ``optimizer_tensors``."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        number, name = key.split(".", 1)
+        state.setdefault(int(number), {})[name] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computed a result."""
+    names = ("glare-ssl", "torch", "transformers", "peft", "accelerate")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
