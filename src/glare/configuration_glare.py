@@ -1,0 +1,116 @@
+"""Configuration of GLARE models: a nested ViT, its adapters and a segmentation head."""
+
+from typing import Any, ClassVar
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.backbone_utils import BackboneConfigMixin
+
+# what `trust_remote_code=True` loads from the code files that `save_pretrained` puts beside the weights
+_AUTO_MAP = {
+    "AutoConfig": "configuration_glare.GlareConfig",
+    "AutoModel": "modeling_glare.GlareModel",
+    "AutoBackbone": "modeling_glare.GlareBackbone",
+    "AutoModelForSemanticSegmentation": "modeling_glare.GlareForSemanticSegmentation",
+}
+
+
+def _as_config(backbone_config: PreTrainedConfig | dict[str, Any] | None) -> PreTrainedConfig:
+    if isinstance(backbone_config, PreTrainedConfig):
+        return backbone_config
+    fields = dict(backbone_config or {"model_type": "vit"})
+    if "model_type" not in fields:
+        raise ValueError(
+            "backbone_config has no `model_type`; name the ViT family, e.g. 'vit', 'deit' or 'dinov2'."
+        )
+    return AutoConfig.for_model(**fields)
+
+
+def _plain(value: Any) -> Any:
+    """Reduce the fields of a PEFT configuration to what JSON holds, in an order that does not vary."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    return str(value) if isinstance(value, str) else value
+
+
+class GlareConfig(BackboneConfigMixin, PreTrainedConfig):
+    """Configuration of GlareModel, GlareBackbone and GlareForSemanticSegmentation.
+
+    backbone_config: configuration of the ViT inside, as an object or as a dict with its `model_type`; None is ViT-B/16.
+    adapter_config: fields of a PEFT configuration with `peft_type`, e.g. `UniAdapterConfig(r=64).to_dict()`;
+        None for a ViT without adapters.
+    out_features, out_indices: blocks whose output feeds the FPN head or comes out of the backbone class, as names
+        ("stage1" to "stageN") or as 0-based block numbers; by default four, evenly spaced, the last one included.
+    head: "fpn" (semantic FPN on the tapped blocks) or "linear" (1x1 convolution on the final tokens).
+    fpn_channels, head_channels: widths of the FPN and of the head after it.
+    pyramid: rescale the taps to 4x, 2x, 1x and 1/2x before the FPN, for logits at a quarter of the patch size.
+    head_dropout: channel dropout before the classifier.
+    ignore_index: label that enters no loss.
+    """
+
+    model_type = "glare"
+    sub_configs: ClassVar[dict[str, Any]] = {"backbone_config": AutoConfig}
+    _auto_class: ClassVar[str | None] = "AutoConfig"
+
+    backbone_config: PreTrainedConfig | dict | None = None
+    adapter_config: dict | None = None
+    head: str = "fpn"
+    fpn_channels: int = 256
+    head_channels: int = 128
+    pyramid: bool = False
+    head_dropout: float = 0.1
+    ignore_index: int = 255
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.backbone_config = _as_config(self.backbone_config)
+        if self.adapter_config is not None:
+            self.adapter_config = _plain(self.adapter_config)
+        self._validate_fields()
+        self.stage_names = [f"stage{block + 1}" for block in range(self.num_hidden_layers)]
+        out_features, out_indices = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
+        if out_features is None and out_indices is None:
+            out_indices = self._default_taps()
+        self.set_output_features_output_indices(out_features=out_features, out_indices=out_indices)
+        if kwargs.get("attn_implementation") is None:
+            # otherwise the base class would reset the choice of a ViT that is already built
+            kwargs["attn_implementation"] = self.backbone_config._attn_implementation
+        kwargs.pop("auto_map", None)
+        super().__post_init__(**kwargs)
+        self.auto_map = dict(_AUTO_MAP)
+
+    def _validate_fields(self) -> None:
+        if self.head not in ("linear", "fpn"):
+            raise ValueError(f"head={self.head!r} given; choose 'linear' or 'fpn'.")
+        if self.adapter_config is not None and "peft_type" not in self.adapter_config:
+            raise ValueError(
+                "adapter_config has no `peft_type`; pass the `to_dict()` of a PEFT configuration, or None for no adapters."
+            )
+        if not 0 <= self.head_dropout < 1:
+            raise ValueError(f"head_dropout={self.head_dropout} given; it must be in [0, 1).")
+        _ = self.patch_size  # raises for a patch that is not square
+
+    def _default_taps(self) -> list[int]:
+        depth = self.num_hidden_layers
+        return sorted({-(-quarter * depth // 4) - 1 for quarter in (1, 2, 3, 4)})
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Number of blocks of the ViT."""
+        return int(self.backbone_config.num_hidden_layers)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the tokens of the ViT."""
+        return int(self.backbone_config.hidden_size)
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch in pixels."""
+        size = self.backbone_config.patch_size
+        sides = {size} if isinstance(size, int) else set(size)
+        if len(sides) != 1:
+            raise ValueError(f"patch_size={size} given; only square patches are supported.")
+        return int(sides.pop())
