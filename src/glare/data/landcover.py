@@ -31,6 +31,7 @@ from glare.data.landcover_render import (
     crowns,
     direction,
     expose,
+    hues,
     parcels,
     relief,
     rise,
@@ -41,44 +42,15 @@ from glare.data.landcover_render import (
 from glare.errors import UserError
 
 CLASSES = ("background", "building", "road", "water", "barren", "forest", "agricultural")
-PALETTE = (
-    (255, 255, 255),
-    (255, 0, 0),
-    (255, 255, 0),
-    (0, 0, 255),
-    (159, 129, 183),
-    (0, 255, 0),
-    (255, 195, 128),
-)
+PALETTE = hues("ffffff ff0000 ffff00 0000ff 9f81b7 00ff00 ffc380")
 BACKGROUND, BUILDING, ROAD, WATER, BARREN, FOREST, FARM = range(7)
 
-CROPS = (
-    (104, 134, 62),
-    (126, 152, 74),
-    (86, 118, 58),
-    (148, 160, 88),
-    (200, 182, 118),
-    (142, 116, 90),
-    (182, 166, 124),
-)
-DRY_CROPS = (
-    (192, 166, 118),
-    (176, 150, 104),
-    (110, 128, 70),
-    (90, 114, 62),
-    (150, 140, 88),
-    (164, 132, 96),
-    (204, 180, 134),
-)
-RED_ROOFS = ((172, 86, 62), (154, 74, 58), (190, 110, 82), (136, 70, 60), (98, 96, 100), (184, 176, 164))
-PALE_ROOFS = (
-    (232, 226, 214),
-    (214, 200, 174),
-    (200, 182, 150),
-    (178, 170, 158),
-    (222, 210, 190),
-    (186, 160, 126),
-)
+CROPS = hues("68863e 7e984a 56763a 94a058 c8b676 8e745a b6a67c")
+DRY_CROPS = hues("c0a676 b09668 6e8046 5a723e 968c58 7a8c48 a48460 ccb486")
+RED_ROOFS = hues("ac563e 9a4a3a be6e52 88463c 626064 b8b0a4")
+PALE_ROOFS = hues("f2eee6 e0d4be cab696 b0aaa2 ece4d4 bea07c")
+LAWNS = hues("708a4a 7c9254 627e42 88925c 968c6c")
+CARS = hues("ececec 282a30 96989c 9c2824 344a78")
 Site = Callable[[float, float], tuple[Point, Point]]
 
 
@@ -89,12 +61,13 @@ def pick(shares: Map, colours: tuple[Colour, ...]) -> Map:
 
 def fine(c: Canvas, strength: float) -> Map:
     """Return a light factor (h, w) around 1 that differs from pixel to pixel."""
-    return 1 + np.float32(strength) * (c.table(c.size, c.size) * 2 - 1)
+    return 1 + np.float32(strength) * c.speckles
 
 
-def rough(c: Canvas, colour: Colour, *, cell: float, strength: float) -> Map:
-    """Return the colours (3, h, w) of grass, scrub or soil: blotches of `cell` px and finer."""
-    return tone(colour) * ((1 + np.float32(strength) * c.noise(cell, 4)) * fine(c, 0.05))
+def rough(c: Canvas, colour: Colour, strength: float) -> Map:
+    """Return the colours (3, h, w) of grass, scrub, asphalt or soil: the blotches of the scene, flipped at random, and grain."""
+    flip = np.s_[:: 1 if c.draw(0, 1) < 0.5 else -1, :: 1 if c.draw(0, 1) < 0.5 else -1]
+    return tone(colour) * (1 + np.float32(strength) * c.blotches[flip] + 0.05 * c.speckles[flip])
 
 
 def sample(c: Canvas, values: NDArray[Any], at: Point) -> float:
@@ -139,16 +112,19 @@ def dig(c: Canvas, inside: Map, colour: Colour, *, step: float) -> None:
     """Lay bare ground: rock and rubble lit from the side, in benches `step` px wide towards its middle if that is not 0."""
     bumps = c.noise(14, 4) * 2 + c.table(c.size, c.size) * 0.5
     if step:
-        bumps = bumps - 2.2 * np.floor(np.maximum(inside, 0) / step + 0.5 * bumps)
-    c.lay(BARREN, inside, rough(c, colour, cell=40, strength=0.06) * relief(c, bumps, 0.11))
+        bumps = 0.6 * bumps - 5 * np.floor(np.maximum(inside, 0) / step + 0.35 * c.noise(24, 2))
+    c.lay(BARREN, inside, rough(c, colour, 0.09) * relief(c, bumps, 0.11))
 
 
 def pave(c: Canvas, inside: Map, colour: Colour, *, shoulder: Colour) -> None:
     """Lay a road with worn edges on a shoulder 2 px wide; where it crosses water it is a bridge."""
-    bridge = (inside > 0) & (c.label == WATER)
-    c.paint(rise(inside, -3.0, 0) * (c.label != WATER) * np.float32(0.6), tone(shoulder))
-    c.lay(ROAD, inside, rough(c, colour, cell=18, strength=0.04))
-    c.height[bridge] = 2.5
+    wet = c.label == WATER
+    c.paint(
+        rise(inside, -3.5, 0) * np.where(wet, np.float32(0.4), np.float32(0.6)),
+        np.where(wet, tone((30, 40, 46)), tone(shoulder)),
+    )
+    c.lay(ROAD, inside, rough(c, colour, 0.04))
+    np.copyto(c.height, 0, where=inside > 0)
 
 
 def mark(c: Canvas, distance: Map, along: Map) -> None:
@@ -161,8 +137,7 @@ def drive(c: Canvas, site: Site, span: Point, lane: float) -> None:
     """Put a few cars on a road; the ground below stays road."""
     for _ in range(int(c.draw(1, 7))):
         at, heading = site(c.draw(*span), lane if c.draw(0, 1) < 0.5 else -lane)
-        paints = ((236, 236, 236), (40, 42, 48), (150, 152, 156), (156, 40, 36), (52, 74, 120))
-        car = Roof(paints[int(c.draw(0, len(paints)))], "flat", 1.2)
+        car = Roof(CARS[int(c.draw(0, len(CARS)))], "flat", 1.2)
         if sample(c, c.label, at) == ROAD:
             build(c, at, (2.1, 1.0), heading, car, ROAD)
 
@@ -203,13 +178,13 @@ def settle(c: Canvas, site: Site, span: Point) -> None:
         while along < span[1]:
             at, heading = site(along, sign * c.draw(12, 17))
             if c.draw(0, 1) < 0.88:
-                turn = direction(c.draw(-0.12, 0.12))
+                turn = direction(c.draw(-0.16, 0.16))
                 heading = (
                     heading[0] * turn[0] - heading[1] * turn[1],
                     heading[0] * turn[1] + heading[1] * turn[0],
                 )
                 house(c, at, heading)
-            along += c.draw(16, 23)
+            along += c.draw(14.5, 20)
 
 
 def farmstead(c: Canvas, site: Site, along: float, roofs: tuple[Colour, ...]) -> None:
@@ -218,8 +193,9 @@ def farmstead(c: Canvas, site: Site, along: float, roofs: tuple[Colour, ...]) ->
     centre, heading = site(along, sign * c.draw(34, 46))
     if max(abs(p) for p in centre) > c.size / 2 - 12 or not free(c, centre, (13, 11), heading):
         return
+    hall = c.draw(0, 1) < 0.4
     yard = 17 + 3 * c.noise(14) - c.segment(site(along - 8, sign * 36)[0], site(along + 8, sign * 36)[0])
-    c.lay(BACKGROUND, yard, rough(c, (172, 158, 134), cell=12, strength=0.05))
+    c.lay(BACKGROUND, yard, rough(c, (142, 140, 138) if hall else (172, 158, 134), 0.05))
     pave(
         c,
         1.8 - c.segment(site(along, 0)[0], site(along, sign * 26)[0]),
@@ -229,31 +205,32 @@ def farmstead(c: Canvas, site: Site, along: float, roofs: tuple[Colour, ...]) ->
     for a, b, half in ((-9, 46, (9.5, 4.6)), (10, 38, (4.8, 8.5)), (-8, 31, (7.0, 3.8))):
         at, turn = site(along + a, sign * b)
         if free(c, at, half, turn):
-            colour = roofs[int(c.draw(0, len(roofs)))]
-            build(c, at, half, turn, Roof(colour, "gable", 5.0), BUILDING)
+            colour = (186, 188, 192) if hall else roofs[int(c.draw(0, len(roofs)))]
+            build(c, at, half, turn, Roof(colour, "flat" if hall else "gable", 5.0), BUILDING)
 
 
 def plant(
     c: Canvas, density: Map, radius: Map, *, leaves: tuple[Colour, Colour], pitch: int, tall: float
 ) -> None:
     """Grow trees of `tall` px on the open ground; those that stand on forest ground label what they cover forest."""
-    trees = crowns(c, density, radius, c.label == FOREST, pitch)
+    open_ground = (c.label != BUILDING) & (c.label != ROAD) & (c.label != WATER)
+    trees = crowns(c, density * open_ground, radius, c.label == FOREST, pitch)
     ragged = trees.dome + np.float32(0.30) * c.noise(3)
-    alpha = rise(ragged, 0.10, 0.38) * ((c.label != BUILDING) & (c.label != ROAD) & (trees.dome > 0))
+    alpha = rise(ragged, 0.10, 0.38) * (open_ground & (trees.dome > 0))
     dark, bright = (tone(colour) for colour in leaves)
     colour = dark + (bright - dark) * (trees.tint * np.float32(0.5) + np.float32(0.5))
     light = 0.60 + 0.42 * np.sqrt(trees.dome) + 0.34 * trees.light
     c.paint(alpha, colour * (light * fine(c, 0.08)))
     crown = alpha > 0.5
-    np.copyto(c.height, np.float32(tall) * np.sqrt(trees.dome), where=crown)
+    lofty = np.float32(tall) * np.where(trees.rooted, np.float32(1), np.float32(0.65))
+    np.copyto(c.height, lofty * np.sqrt(trees.dome), where=crown)
     c.label[crown & trees.rooted] = FOREST
 
 
 def gardens(c: Canvas, inside: Map, axis: Point) -> None:
     """Lay the ground of a village: lawns, beds and yards behind each other, parted by low hedges."""
     plots = parcels(c, *c.turned(axis), length=(10, 22), depth=(13, 24))
-    shades = ((112, 138, 74), (124, 146, 84), (98, 126, 66), (136, 146, 92), (150, 140, 108))
-    ground = pick(c.table(plots.count), shades)[:, plots.id]
+    ground = pick(c.table(plots.count), LAWNS)[:, plots.id]
     c.lay(BACKGROUND, inside, ground * ((1 + 0.08 * c.noise(12, 3)) * fine(c, 0.06)))
     hedge = rise(1.5 - np.minimum(plots.side, plots.front), 0, 1) * (inside > 0)
     c.paint(hedge * np.float32(0.6), tone((72, 96, 50)))
@@ -267,7 +244,9 @@ def village(c: Canvas, road: Line, along: float, space: Map) -> Map:
         start, heading = road.point(along + c.draw(-0.6, 0.6) * reach, 0)
         turn = direction(sign * math.pi / 2 + c.draw(-0.25, 0.25))
         axis = (heading[0] * turn[0] - heading[1] * turn[1], heading[0] * turn[1] + heading[1] * turn[0])
-        streets.append((street(start, axis), c.draw(45, 90)))
+        site, length = street(start, axis), c.draw(45, 90)
+        wet = [at for at in range(0, 90, 3) if sample(c, c.label, site(at, 0)[0]) == WATER]
+        streets.append((site, max(min([length, *(at - 9.0 for at in wet)]), 2.0)))
     spine = [road.point(along + k * reach, 0)[0] for k in (-1, -0.33, 0.33, 1)]
     lanes = [c.segment(site(0, 0)[0], site(length, 0)[0]) for site, length in streets]
     near = np.minimum(lanes[0], lanes[1])
@@ -287,11 +266,13 @@ def temperate(c: Canvas) -> None:
     half = c.size / 2
     angle = c.draw(0, 2 * math.pi)
     road = winding(c, angle, c.draw(-0.3, 0.3) * half, pitch=110, bend=26)
-    river = winding(c, angle + c.draw(1.0, 2.1), c.draw(-0.8, 0.8) * half, pitch=80, bend=34)
+    river = winding(c, angle + c.draw(1.0, 2.1), c.draw(-1.15, 1.15) * half, pitch=80, bend=34)
     road_d, road_u = road.measure(c)
     river_d, _ = river.measure(c)
-    width = c.draw(7, 15) + 2.5 * c.noise(60, 2)
-    shore = np.abs(river_d) - width
+    width = c.draw(8, 16) + 4 * c.noise(70, 2)
+    at = (c.draw(-half, half), c.draw(-half, half))
+    lake = c.draw(-20, 48) * (1 + 0.3 * c.noise(40, 2)) - c.segment(at, (at[0] + 16, at[1] + c.draw(-16, 16)))
+    shore = np.minimum(np.abs(river_d) - width, -np.minimum(lake, np.abs(road_d) - 10))
     places = [c.draw(-0.7, 0.7) * half for _ in range(4)]
     home = max(places, key=lambda place: sample(c, shore, road.point(place, 0)[0]))
     space = np.minimum(np.abs(road_d) - 5, shore - 4)
@@ -305,7 +286,7 @@ def temperate(c: Canvas) -> None:
     for k in range(3):
         farmstead(c, road.point, home + (-1, 1, 1.6)[k] * c.draw(100, 130), RED_ROOFS)
     drive(c, road.point, (-half, half), 1.7)
-    density = np.where(c.label == FOREST, 0.97, 0.02 * (shore > 0) + 0.30 * (streets < 34)) + 0.5 * (
+    density = np.where(c.label == FOREST, 0.97, 0.012 * (shore > 0) + 0.30 * (streets < 34)) + 0.5 * (
         np.abs(shore - 5) < 3
     )
     season = c.draw(0, 1)
@@ -323,7 +304,7 @@ def countryside(c: Canvas, road: Line, side: NDArray[np.bool_], space: Map) -> N
     till(c, plots, np.full_like(space, 9), CROPS)
     trait = c.table(plots.count, 2)
     grass = (0.5 - (trait[plots.id, 0] > 0.13)) * 20
-    c.lay(BACKGROUND, grass, rough(c, (118, 138, 76), cell=40, strength=0.10))
+    c.lay(BACKGROUND, grass, rough(c, (118, 138, 76), 0.10))
     woods = np.minimum(14 * c.noise(90, 3) - 6, space - 8)
     woods = np.maximum(woods, (0.5 - (trait[plots.id, 1] > 0.06)) * 20)
     c.lay(FOREST, np.minimum(woods, space - 6), tone((50, 66, 38)))
@@ -341,7 +322,7 @@ def desert(c: Canvas) -> None:
     """Lay bare ground and rock, and dry scrub on the background parts."""
     dig(c, np.full((c.size, c.size), 9, np.float32), (200, 168, 124), step=0)
     scrub = 18 * c.noise(100, 3) + c.draw(-6, 6)
-    c.lay(BACKGROUND, scrub, rough(c, (188, 162, 122), cell=30, strength=0.05))
+    c.lay(BACKGROUND, scrub, rough(c, (188, 162, 122), 0.05))
 
 
 def pivot(c: Canvas, at: Point, radius: float) -> None:
@@ -349,6 +330,7 @@ def pivot(c: Canvas, at: Point, radius: float) -> None:
     x, y = c.x - at[0], c.y - at[1]
     distance = np.sqrt(x * x + y * y)
     crops = pick(c.table(3), DRY_CROPS)
+    crops[:, 0] = DRY_CROPS[3]
     cuts = [direction(c.draw(0, 2 * math.pi)) for _ in range(2)]
     sector = (x * cuts[0][1] - y * cuts[0][0] > 0).astype(np.intp) + (x * cuts[1][1] - y * cuts[1][0] > 0)
     light = (1 + 0.05 * wave(distance / c.draw(4, 7)) + 0.05 * c.noise(20, 3)) * fine(c, 0.03)
@@ -360,29 +342,33 @@ def pivot(c: Canvas, at: Point, radius: float) -> None:
     )
 
 
-def town(c: Canvas, u: Map, v: Map, region: Map) -> None:
-    """Lay a dense town over `region` (px inside): blocks between dusty streets, split into lots with flat-roofed houses."""
+def town(c: Canvas, u: Map, v: Map, radius: float, space: Map) -> None:
+    """Lay a dense town around u = v = 0, on ground with `space` px to spare: blocks between dusty streets, lots, flat roofs."""
     blocks = parcels(c, u, v, length=(44, 84), depth=(30, 52))
-    c.lay(BACKGROUND, region, rough(c, (190, 166, 130), cell=14, strength=0.06))
-    edge = np.minimum(blocks.side, blocks.front)
-    pave(c, np.minimum(2.8 - edge, region), (174, 160, 138), shoulder=(184, 164, 132))
     across, down = np.floor(blocks.length / 14), np.floor(blocks.depth / 15)
-    a, b = blocks.along / blocks.length * across, blocks.across / blocks.depth * down
-    lot = blocks.id * 64 + (np.floor(a) % 8 * 8 + np.floor(b) % 8).astype(np.intp)
     wide, deep = blocks.length / across, blocks.depth / down
-    a, b = (a - np.floor(a)) * wide, (b - np.floor(b)) * deep
+    column, row = np.floor(blocks.along / wide), np.floor(blocks.across / deep)
+    a, b = blocks.along - column * wide, blocks.across - row * deep
+    lot = blocks.id * 64 + (column % 8 * 8 + row % 8).astype(np.intp)
     trait = c.table(blocks.count * 64, 5)
     t = trait[lot]
+    far_u, far_v = u - a + wide / 2, v - b + deep / 2
+    settled = np.sqrt(far_u * far_u + far_v * far_v) + 22 * t[..., 3] < radius
+    edge = np.minimum(blocks.side, blocks.front)
+    ground = np.minimum(np.where(settled, np.float32(9), np.float32(-9)), space)
+    c.lay(BACKGROUND, ground, rough(c, (190, 166, 130), 0.06))
+    near = radius + 6 * t[..., 3] * (edge > 4) - np.sqrt(u * u + v * v)
+    pave(c, np.minimum(np.minimum(2.8 - edge, near), space), (164, 152, 134), shoulder=(182, 162, 130))
     inside = np.minimum(
         np.minimum(a - 2.2 * t[..., 0], wide - a - 0.8), np.minimum(b - 0.8, deep - b - 3.5 * t[..., 1] - 0.6)
     )
-    inside = np.minimum(np.minimum(inside, edge - 4.2), region - 4)
-    court = 2.2 + 1.6 * t[..., 0] - np.sqrt((a - wide * 0.5) ** 2 + (b - deep * 0.55) ** 2)
+    inside = np.minimum(np.minimum(inside, edge - 4.2), space - 3)
+    court = 1.4 + 1.8 * t[..., 0] - np.maximum(np.abs(a - wide * 0.5), np.abs(b - deep * 0.5))
     inside = np.where(t[..., 2] < 0.25, np.minimum(inside, -court), inside)
-    inside = np.where(t[..., 3] < 0.86, inside, -9)
+    inside = np.where(settled & (t[..., 3] < 0.88), inside, np.float32(-9))
     annex = (a > wide * (0.35 + 0.5 * t[..., 1])) & (t[..., 4] < 0.6)
-    roof = pick(trait[:, 4], PALE_ROOFS)[:, lot] * (0.92 + 0.12 * t[..., 3])
-    light = 1 + 0.10 * rise(1.5 - inside, 0, 0.6) - 0.07 * annex - 0.25 * (c.noise(2.5) > 0.72) * (inside > 2)
+    roof = pick(trait[:, 4], PALE_ROOFS)[:, lot] * (0.92 + 0.14 * t[..., 3])
+    light = 1 + 0.12 * rise(1.5 - inside, 0, 0.6) - 0.08 * annex - 0.30 * (c.noise(2.5) > 0.70) * (inside > 2)
     c.lay(BUILDING, inside, roof * (light * fine(c, 0.03)))
     np.copyto(c.height, 4 + 5 * t[..., 0] - 1.5 * annex, where=inside > 0, casting="same_kind")
 
@@ -394,10 +380,10 @@ def irrigate(c: Canvas, canal: Line, belt: Map) -> Map:
     till(c, plots, belt, DRY_CROPS)
     use = c.table(plots.count)[plots.id]
     inner = np.minimum(np.minimum(plots.side, plots.front) - 2, belt - 2)
-    c.lay(FOREST, np.where(use < 0.16, inner, -9), rough(c, (150, 132, 92), cell=16, strength=0.08))
-    c.lay(BACKGROUND, np.where(use > 0.93, inner, -9), rough(c, (186, 162, 124), cell=20, strength=0.06))
-    orchard = np.where((use > 0.16) & (use < 0.30), inner, -9)
-    c.paint(rise(orchard, 0, 1), rough(c, (184, 156, 114), cell=20, strength=0.05))
+    c.lay(FOREST, np.where(use < 0.25, inner, -9), rough(c, (150, 132, 92), 0.08))
+    c.lay(BACKGROUND, np.where(use > 0.93, inner, -9), rough(c, (186, 162, 124), 0.06))
+    orchard = np.where((use > 0.25) & (use < 0.38), inner, -9)
+    c.paint(rise(orchard, 0, 1), rough(c, (184, 156, 114), 0.05))
     rows = np.floor(u / 7), np.floor(d / 7)
     dots = (u - rows[0] * 7 - 3.5) ** 2 + (d - rows[1] * 7 - 3.5) ** 2
     tree = rise(6.6 - dots, 0, 3.0) * (orchard > 0)
@@ -414,21 +400,21 @@ def arid(c: Canvas) -> None:
     highway = winding(c, angle + c.draw(1.1, 2.0), c.draw(-0.6, 0.6) * half, pitch=150, bend=14)
     canal_d, _ = canal.measure(c)
     highway_d, highway_u = highway.measure(c)
+    water = c.draw(4.5, 9.5) - np.abs(canal_d)
+    place = c.draw(-0.6, 0.6) * half
+    home, radius = highway.point(place, 0)[0], c.draw(54, 120)
     desert(c)
-    belt = c.draw(34, 74) + 12 * c.noise(40, 2) - np.abs(canal_d + c.draw(-24, 24))
-    for _ in range(8):
-        at, radius = (c.draw(-half, half), c.draw(-half, half)), c.draw(32, 56)
-        if sample(c, belt, at) < -radius and abs(sample(c, highway_d, at)) > radius + 6:
-            pivot(c, at, radius)
+    belt = c.draw(40, 84) + 12 * c.noise(40, 2) - np.abs(canal_d + c.draw(-24, 24))
+    for _ in range(10):
+        at, reach = (c.draw(-half, half), c.draw(-half, half)), c.draw(32, 56)
+        clear = min(abs(sample(c, highway_d, at)) - 6, math.dist(at, home) - radius, -sample(c, belt, at))
+        if clear > reach:
+            pivot(c, at, reach)
     irrigate(c, canal, belt)
-    water = c.draw(4.5, 8.5) - np.abs(canal_d)
-    c.lay(BACKGROUND, water + 3.5, rough(c, (196, 184, 160), cell=10, strength=0.05))
-    flood(c, water, (104, 128, 118))
-    home = highway.point(c.draw(-0.6, 0.6) * half, c.draw(-40, 40))[0]
-    x, y = c.x - home[0], c.y - home[1]
-    region = c.draw(56, 88) * (1 + 0.22 * c.noise(50, 2)) - np.sqrt(x * x + y * y)
+    c.lay(BACKGROUND, water + 3.5, rough(c, (196, 184, 160), 0.05))
+    flood(c, water, (100, 126, 118) if c.draw(0, 1) < 0.6 else (128, 124, 96))
     warp = 5 * c.noise(170)
-    town(c, highway_u + warp, highway_d + warp, np.minimum(region, -water - 7))
+    town(c, highway_u - place + warp, highway_d + warp, radius, np.minimum(np.abs(highway_d) - 7, -water - 6))
     pave(c, c.draw(3.4, 4.8) - np.abs(highway_d), (146, 140, 134), shoulder=(190, 170, 138))
     mark(c, highway_d, highway_u)
     for _ in range(3):
@@ -445,7 +431,7 @@ SENSORS = {
         shade=(0.42, 0.48, 0.60),
         air=(170, 186, 206),
         haze=(0.0, 0.10),
-        gain=(0.90, 1.12),
+        gain=(0.98, 1.22),
         cast=0.03,
         blur=(0.04, 0.12),
         sharpen=0.0,
@@ -456,7 +442,7 @@ SENSORS = {
         drop=(0.50, 0.80),
         shade=(0.50, 0.47, 0.50),
         air=(222, 204, 174),
-        haze=(0.14, 0.30),
+        haze=(0.08, 0.24),
         gain=(0.94, 1.12),
         cast=0.03,
         blur=(0.14, 0.22),

@@ -28,6 +28,11 @@ def tone(colour: Colour) -> Map:
     return np.array(colour, np.float32)[:, None, None]
 
 
+def hues(text: str) -> tuple[tuple[int, int, int], ...]:
+    """Return the colours that a text lists as hexadecimal RRGGBB."""
+    return tuple((int(word[:2], 16), int(word[2:4], 16), int(word[4:], 16)) for word in text.split())
+
+
 def wave(phase: Map) -> Map:
     """Return a smooth periodic wave of period 1 and range [-1, 1], two parabolas instead of a sine."""
     t = (phase - np.floor(phase)) * 2 - 1
@@ -56,6 +61,8 @@ class Canvas:
         self.label = np.zeros((size, size), np.uint8)
         self.albedo = np.zeros((3, size, size), np.float32)
         self.height = np.zeros((size, size), np.float32)
+        self.blotches = self.noise(32, 4)
+        self.speckles = self.table(size, size) * 2 - 1
 
     def draw(self, low: float, high: float) -> float:
         """Return a uniform number of [low, high)."""
