@@ -46,7 +46,7 @@ PALETTE = hues("ffffff ff0000 ffff00 0000ff 9f81b7 00ff00 ffc380")
 BACKGROUND, BUILDING, ROAD, WATER, BARREN, FOREST, FARM = range(7)
 
 CROPS = hues("68863e 7e984a 56763a 94a058 c8b676 8e745a b6a67c")
-DRY_CROPS = hues("c0a676 b09668 6e8046 5a723e 968c58 7a8c48 a48460 ccb486")
+DRY_CROPS = hues("6e8046 5a723e 7a8c48 968c58 a48460 b09668 c0a676 ccb486")
 RED_ROOFS = hues("ac563e 9a4a3a be6e52 88463c 626064 b8b0a4")
 PALE_ROOFS = hues("f2eee6 e0d4be cab696 b0aaa2 ece4d4 bea07c")
 LAWNS = hues("708a4a 7c9254 627e42 88925c 968c6c")
@@ -89,7 +89,8 @@ def street(start: Point, heading: Point) -> Site:
 def till(c: Canvas, plots: Parcels, region: Map, palette: tuple[Colour, ...]) -> None:
     """Lay fields over `region` (px inside): each parcel has its crop, its furrows, tramlines and vigour."""
     trait = c.table(plots.count, 5)
-    colour = pick(trait[:, 0], palette) * (0.90 + 0.18 * trait[:, 1])
+    season = c.draw(0, 0.3)
+    colour = pick(0.7 * trait[:, 0] + np.float32(season), palette) * (0.90 + 0.18 * trait[:, 1])
     rows = np.where(trait[plots.id, 2] < 0.75, plots.along, plots.across)
     pitch, depth = 2.6 + 3.0 * trait[:, 3], 0.03 + 0.09 * trait[:, 4] * trait[:, 4]
     furrows = wave(rows / pitch[plots.id]) * depth[plots.id]
@@ -123,6 +124,7 @@ def pave(c: Canvas, inside: Map, colour: Colour, *, shoulder: Colour) -> None:
         rise(inside, -3.5, 0) * np.where(wet, np.float32(0.4), np.float32(0.6)),
         np.where(wet, tone((30, 40, 46)), tone(shoulder)),
     )
+    c.label[(inside > -2) & (c.label == FARM)] = BACKGROUND
     c.lay(ROAD, inside, rough(c, colour, 0.04))
     np.copyto(c.height, 0, where=inside > 0)
 
@@ -160,7 +162,7 @@ def house(c: Canvas, at: Point, heading: Point) -> None:
         heading = (-heading[1], heading[0])
     if not free(c, at, half, heading):
         return
-    base = RED_ROOFS[int(c.draw(0, 1) ** 1.5 * len(RED_ROOFS))]
+    base = RED_ROOFS[int(min(c.draw(0, 1), c.draw(0, 1.4)) * len(RED_ROOFS))]
     light = c.draw(0.85, 1.15)
     roof = Roof(
         (base[0] * light, base[1] * light, base[2] * light), "hip" if c.draw(0, 1) < 0.35 else "gable", 4.0
@@ -307,10 +309,9 @@ def countryside(c: Canvas, road: Line, side: NDArray[np.bool_], space: Map) -> N
     c.lay(BACKGROUND, grass, rough(c, (118, 138, 76), 0.10))
     woods = np.minimum(14 * c.noise(90, 3) - 6, space - 8)
     woods = np.maximum(woods, (0.5 - (trait[plots.id, 1] > 0.06)) * 20)
-    c.lay(FOREST, np.minimum(woods, space - 6), tone((50, 66, 38)))
-    lines = trait[plots.row, 0]
-    hedge = (plots.front < 2.5) & (lines > 0.5) & (space > 6)
-    c.label[hedge] = FOREST
+    lines = trait[plots.row + (2 * plots.across > plots.depth), 0]
+    woods = np.maximum(woods, np.where(lines > 0.5, 2.2 - plots.front, -9))
+    c.lay(FOREST, np.minimum(woods, space - 6), rough(c, (56, 74, 42), 0.08))
     pave(c, np.where(lines < 0.4, 1.9 - plots.front, -9), (182, 166, 136), shoulder=(130, 142, 84))
     if c.draw(0, 1) < 0.75:
         at = (c.draw(-0.9, 0.9) * c.size / 2, c.draw(-0.9, 0.9) * c.size / 2)
@@ -330,7 +331,7 @@ def pivot(c: Canvas, at: Point, radius: float) -> None:
     x, y = c.x - at[0], c.y - at[1]
     distance = np.sqrt(x * x + y * y)
     crops = pick(c.table(3), DRY_CROPS)
-    crops[:, 0] = DRY_CROPS[3]
+    crops[:, 0] = DRY_CROPS[1]
     cuts = [direction(c.draw(0, 2 * math.pi)) for _ in range(2)]
     sector = (x * cuts[0][1] - y * cuts[0][0] > 0).astype(np.intp) + (x * cuts[1][1] - y * cuts[1][0] > 0)
     light = (1 + 0.05 * wave(distance / c.draw(4, 7)) + 0.05 * c.noise(20, 3)) * fine(c, 0.03)
@@ -373,8 +374,8 @@ def town(c: Canvas, u: Map, v: Map, radius: float, space: Map) -> None:
     np.copyto(c.height, 4 + 5 * t[..., 0] - 1.5 * annex, where=inside > 0, casting="same_kind")
 
 
-def irrigate(c: Canvas, canal: Line, belt: Map) -> Map:
-    """Lay the plots, groves and orchards along a canal and the canal. Return px inside the orchards (h, w)."""
+def irrigate(c: Canvas, canal: Line, belt: Map) -> None:
+    """Lay the plots, groves and orchards along a canal."""
     d, u = canal.measure(c)
     plots = parcels(c, u, d, length=(18, 46), depth=(26, 46))
     till(c, plots, belt, DRY_CROPS)
@@ -389,7 +390,6 @@ def irrigate(c: Canvas, canal: Line, belt: Map) -> Map:
     tree = rise(6.6 - dots, 0, 3.0) * (orchard > 0)
     c.paint(tree, tone((86, 106, 62)) * (0.9 + 0.12 * c.noise(8)))
     np.copyto(c.height, 3.0, where=tree > 0.5)
-    return orchard
 
 
 def arid(c: Canvas) -> None:

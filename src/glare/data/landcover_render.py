@@ -177,7 +177,7 @@ class Parcels:
 
 def parcels(canvas: Canvas, u: Map, v: Map, *, length: Point, depth: Point) -> Parcels:
     """Cut the plane into rows of a random `depth` (low, high) px across v, and each row into cells of a random `length` along u."""
-    reach, stride = 0.75 * canvas.size + 40, 1e6
+    reach, stride = 1.05 * canvas.size + 60, 1e6
     rows = int(2 * reach / depth[0]) + 2
     cells = int((2 * reach + length[1]) / length[0]) + 2
     row_edges = np.cumsum(depth[0] + (depth[1] - depth[0]) * canvas.rng.random(rows)) - reach - depth[1]
