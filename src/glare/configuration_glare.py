@@ -37,16 +37,18 @@ def _plain(value: Any) -> Any:
 class GlareConfig(BackboneConfigMixin, PreTrainedConfig):
     """Configuration of GlareModel, GlareBackbone and GlareForSemanticSegmentation.
 
-    backbone_config: configuration of the ViT inside, as an object or as a dict with its `model_type`; None is ViT-B/16.
-    adapter_config: fields of a PEFT configuration with `peft_type`, e.g. `UniAdapterConfig(r=64).to_dict()`;
+    backbone_config: configuration of the ViT inside, an object or a dict with `model_type`; None is ViT-B/16.
+    adapter_config: fields of a PEFT configuration with `peft_type`, e.g. `UniAdapterConfig().to_dict()`;
         None for a ViT without adapters.
-    out_features, out_indices: blocks whose output feeds the FPN head or comes out of the backbone class, as names
-        ("stage1" to "stageN") or as 0-based block numbers; by default four, evenly spaced, the last one included.
+    out_features, out_indices: blocks whose output feeds the FPN head or leaves the backbone class, as names
+        ("stage1" to "stageN") or as 0-based block numbers; by default four, evenly spaced, the last included.
     head: "fpn" (semantic FPN on the tapped blocks) or "linear" (1x1 convolution on the final tokens).
     fpn_channels, head_channels: widths of the FPN and of the head after it.
-    pyramid: rescale the taps to 4x, 2x, 1x and 1/2x before the FPN, for logits at a quarter of the patch size.
-    head_dropout: channel dropout before the classifier.
+    pyramid: rescale the taps by 4, 2, 1 and 1/2 before the FPN, for logits at a quarter of the patch size.
+    head_dropout: channel dropout before the classifier, in [0, 1).
     ignore_index: label that enters no loss.
+
+    Raises ValueError for anything else, and for a patch that is not square.
     """
 
     model_type = "glare"
@@ -76,7 +78,7 @@ class GlareConfig(BackboneConfigMixin, PreTrainedConfig):
         self.set_output_features_output_indices(out_features=out_features, out_indices=out_indices)
         if kwargs.get("attn_implementation") is None:
             # otherwise the base class would reset the choice of a ViT that is already built
-            kwargs["attn_implementation"] = self.backbone_config._attn_implementation
+            kwargs["attn_implementation"] = self._vit._attn_implementation
         kwargs.pop("auto_map", None)
         super().__post_init__(**kwargs)
         self.auto_map = dict(_AUTO_MAP)
@@ -86,7 +88,7 @@ class GlareConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f"head={self.head!r} given; choose 'linear' or 'fpn'.")
         if self.adapter_config is not None and "peft_type" not in self.adapter_config:
             raise ValueError(
-                "adapter_config has no `peft_type`; pass the `to_dict()` of a PEFT configuration, or None for no adapters."
+                "adapter_config has no `peft_type`; pass the `to_dict()` of a PEFT configuration, or None."
             )
         if not 0 <= self.head_dropout < 1:
             raise ValueError(f"head_dropout={self.head_dropout} given; it must be in [0, 1).")
@@ -97,19 +99,23 @@ class GlareConfig(BackboneConfigMixin, PreTrainedConfig):
         return sorted({-(-quarter * depth // 4) - 1 for quarter in (1, 2, 3, 4)})
 
     @property
+    def _vit(self) -> Any:
+        return self.backbone_config  # a configuration, never a dict, once __post_init__ has run
+
+    @property
     def num_hidden_layers(self) -> int:
         """Number of blocks of the ViT."""
-        return int(self.backbone_config.num_hidden_layers)
+        return int(self._vit.num_hidden_layers)
 
     @property
     def hidden_size(self) -> int:
         """Width of the tokens of the ViT."""
-        return int(self.backbone_config.hidden_size)
+        return int(self._vit.hidden_size)
 
     @property
     def patch_size(self) -> int:
         """Side of a patch in pixels."""
-        size = self.backbone_config.patch_size
+        size = self._vit.patch_size
         sides = {size} if isinstance(size, int) else set(size)
         if len(sides) != 1:
             raise ValueError(f"patch_size={size} given; only square patches are supported.")

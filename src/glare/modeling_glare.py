@@ -1,4 +1,4 @@
-"""GLARE models: a ViT of transformers with adapters injected through PEFT, bare, as a backbone, or with a head.
+"""GLARE models: a ViT of transformers with adapters injected through PEFT, bare, as backbone, or with a head.
 
 * The ViT is found by structure, never by the names of one release of transformers.
 * Images may have any size whose sides are multiples of the patch, also non-square.
@@ -7,7 +7,7 @@
 
 import inspect
 import os
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -106,7 +106,7 @@ class GlareModel(GlarePreTrainedModel):
 
     @classmethod
     def from_backbone(cls, backbone: PreTrainedModel, adapter_config: PeftConfig | None = None) -> Self:
-        """Wrap a ViT, without copying its weights, and inject fresh adapters; None is for training all weights.
+        """Wrap a ViT, without copying its weights, and inject fresh adapters; None to train all weights.
 
         The ViT is changed in place: it gets the adapters and loses its pooler, if it has one.
         """
@@ -125,21 +125,24 @@ class GlareModel(GlarePreTrainedModel):
     @property
     def patch_size(self) -> int:
         """Side of a patch in pixels."""
-        return self.config.patch_size
+        return cast(GlareConfig, self.config).patch_size
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the patch embedding of the ViT."""
-        return self.backbone.get_input_embeddings()
+        return cast(nn.Module, self.backbone.get_input_embeddings())
 
     def grid_size(self, pixel_values: torch.Tensor) -> tuple[int, int]:
-        """Return (rows, columns) of patches of images (b, 3, height, width); ValueError if a side does not fit."""
+        """Return the (rows, columns) of patches of images (b, 3, height, width).
+
+        Raises ValueError if a side is no multiple of the patch size.
+        """
         height, width = pixel_values.shape[-2:]
         patch = self.patch_size
         if height % patch or width % patch or not height or not width:
             fit = " x ".join(str(max(1, round(side / patch)) * patch) for side in (height, width))
             raise ValueError(
-                f"Images of {height} x {width} pixels given; both sides must be multiples of the patch size {patch}: "
-                f"resize or pad them, for example to {fit}."
+                f"Images of {height} x {width} pixels given; both sides must be multiples of the patch size "
+                f"{patch}: resize or pad them, for example to {fit}."
             )
         return height // patch, width // patch
 
@@ -151,17 +154,17 @@ class GlareModel(GlarePreTrainedModel):
     def patch_maps(self, tokens: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
         """Arrange the patch tokens of (b, prefix + rows * columns, d) as maps (b, d, rows, columns)."""
         rows, columns = self.grid_size(pixel_values)
-        patches = tokens[:, self.num_prefix_tokens(tokens, pixel_values) :]
-        return patches.transpose(1, 2).unflatten(2, (rows, columns))
+        patches = tokens[:, self.num_prefix_tokens(tokens, pixel_values) :].transpose(1, 2)
+        return patches.reshape(*patches.shape[:2], rows, columns)
 
-    @can_return_tuple
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self, pixel_values: torch.Tensor, output_hidden_states: bool | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
         """Encode images (b, 3, height, width).
 
-        `last_hidden_state` (b, prefix + patches, d) is after the final norm and `pooler_output` (b, d) its class
-        token; `hidden_states[0]` is the embedding and `hidden_states[i + 1]` the output of block i, before the norm.
+        `last_hidden_state` (b, prefix + patches, d) is after the final norm, `pooler_output` (b, d) its class
+        token; `hidden_states[0]` is the embedding, `hidden_states[i + 1]` the output of block i, not normed.
         Raises ValueError if a side of the images is no multiple of the patch size.
         """
         self.grid_size(pixel_values)
@@ -188,7 +191,7 @@ class GlareModel(GlarePreTrainedModel):
                 "This model has no adapters to save: all its weights were trained; use save_pretrained()."
             )
         peft_config = self.backbone.peft_config[ADAPTER_NAME]
-        # PEFT asks the Hub about a base model that it knows of, so it learns of it after the weights are written
+        # PEFT asks the Hub about a base model that it knows of, so it learns of it after the weights
         peft_config.base_model_name_or_path = None
         self.backbone.save_pretrained(save_directory)
         peft_config.base_model_name_or_path = base_model or self.backbone.name_or_path or None
@@ -207,7 +210,7 @@ class GlareBackbone(BackboneMixin, GlareModel):
         super().__init__(config)
         self.num_features = [config.hidden_size] * config.num_hidden_layers
 
-    @can_return_tuple
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self, pixel_values: torch.Tensor, output_hidden_states: bool | None = None, **kwargs: Any
     ) -> BackboneOutput:
@@ -252,7 +255,7 @@ class GlareForSemanticSegmentation(GlarePreTrainedModel):
         """Return the patch embedding of the ViT."""
         return self.glare.get_input_embeddings()
 
-    @can_return_tuple
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         pixel_values: torch.Tensor,
@@ -262,9 +265,9 @@ class GlareForSemanticSegmentation(GlarePreTrainedModel):
     ) -> SemanticSegmenterOutput:
         """Segment images (b, 3, height, width).
 
-        `logits` are (b, classes, rows, columns) on the grid of patches, four times finer with the pyramid. With
-        `labels` (b, height, width) of class numbers, `loss` is the cross-entropy of the logits upsampled to them,
-        averaged over the labels other than `config.ignore_index`, and 0 if there are none.
+        `logits` are (b, classes, rows, columns) on the grid of patches, four times finer with the pyramid.
+        With `labels` (b, height, width) of class numbers, `loss` is the cross-entropy of the logits upsampled
+        to them, averaged over the labels other than `config.ignore_index`, and 0 if there are none.
         """
         linear = self.config.head == "linear"
         if output_hidden_states is None:
@@ -287,7 +290,8 @@ class GlareForSemanticSegmentation(GlarePreTrainedModel):
         logits = F.interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False)
         ignored = self.config.ignore_index
         total = F.cross_entropy(logits, labels, ignore_index=ignored, reduction="sum")
-        return total / (labels != ignored).sum().clamp(min=1)
+        counted: torch.Tensor = (labels != ignored).sum()
+        return total / counted.clamp(min=1)
 
 
 # pipeline("image-segmentation") reports every class that it does not find here as unsupported

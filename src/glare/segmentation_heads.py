@@ -1,8 +1,9 @@
 """Heads that turn the feature maps of a ViT into class logits.
 
-The semantic FPN is that of the ViT fine-tuning configuration used by UDI, FLSL and SelfPatch: the tapped blocks
-enter the FPN as they are, all at the patch stride; the head after it treats them as if they had the strides 4, 8,
-16 and 32, and its logits have the size of the first level. With `pyramid` the maps really get these strides first.
+The semantic FPN is that of the ViT fine-tuning configuration used by UDI, FLSL and SelfPatch: the tapped
+blocks enter the FPN as they are, all at the stride of the patch; the head after it treats them as if they had
+strides 4, 8, 16 and 32, and its logits have the size of the first level. With `pyramid` the maps get these
+strides first.
 """
 
 from collections.abc import Sequence
@@ -98,7 +99,7 @@ class FPNHead(nn.Module):
         self.classifier = nn.Conv2d(config.head_channels, config.num_labels, kernel_size=1)
 
     def forward(self, maps: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Map levels x (b, d, h, w) to logits (b, classes, h, w), or (b, classes, 4h, 4w) with the pyramid."""
+        """Map levels x (b, d, h, w) to logits (b, classes, h, w); 4h x 4w with the pyramid."""
         levels = self.fpn(maps if self.pyramid is None else self.pyramid(maps))
         total = self.scale_heads[0](levels[0])
         for scale_head, level in zip(list(self.scale_heads)[1:], levels[1:], strict=True):

@@ -8,7 +8,7 @@
   adapts whole blocks.
 * W_up and b_up start at zero: a fresh adapter leaves the network unchanged, bit for bit.
 * Several active adapters all read the unadapted y and their terms add up, as LoRA's do.
-* The ReLU cannot be folded into a weight matrix, so merging is refused; use LoRA where a merged model is needed.
+* The ReLU cannot be folded into a weight matrix, so merging is refused; LoRA can be merged.
 
 `import glare` (or this file) registers the method with PEFT under the name "UNIADAPTER".
 """
@@ -17,7 +17,7 @@ import enum
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.config import PeftConfig
@@ -33,13 +33,13 @@ class _PeftType(enum.StrEnum):
 
 
 _NOT_MERGEABLE = (
-    "UniAdapter cannot be merged: its ReLU bottleneck has no equivalent weight matrix. Keep the adapter in the "
-    "model, drop it with `unload()`, or train with `peft.LoraConfig`, which can be merged."
+    "UniAdapter cannot be merged: its ReLU bottleneck has no equivalent weight matrix. Keep the adapter in "
+    "the model, drop it with `unload()`, or train with `peft.LoraConfig`, which can be merged."
 )
 
 
 def _base(module: nn.Module) -> nn.Module:
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return cast(nn.Module, module.get_base_layer()) if isinstance(module, BaseTunerLayer) else module
 
 
 def _is_block(module: nn.Module) -> bool:
@@ -47,7 +47,7 @@ def _is_block(module: nn.Module) -> bool:
 
 
 def vit_blocks(model: nn.Module) -> nn.ModuleList:
-    """Return the list of transformer blocks of a ViT: the module list whose items have `.attention` and `.mlp`.
+    """Return the blocks of a ViT: the module list whose items have `.attention` and `.mlp`.
 
     Raises ValueError if there is none.
     """
@@ -55,33 +55,35 @@ def vit_blocks(model: nn.Module) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and len(module) > 0 and all(map(_is_block, module)):
             return module
     raise ValueError(
-        f"{type(model).__name__} has no list of blocks with `.attention` and `.mlp`, as ViT, DeiT, DINOv2 and DINOv3 "
-        "have; pass `target_modules` to say which modules to adapt."
+        f"{type(model).__name__} has no list of blocks with `.attention` and `.mlp`, as ViT, DeiT, DINOv2 "
+        "and DINOv3 have; pass `target_modules` to say which modules to adapt."
     )
 
 
-def _linears(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Linear]]:
+def _linears(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Linear]]:
     """Yield the dense layers of a module in order, adapted or not, but none inside an adapter."""
     base = _base(module)
     if isinstance(base, nn.Linear):
         yield name, base
     for child_name, child in base.named_children():
-        yield from _linears(child, f"{name}.{child_name}" if name else child_name)
+        yield from _linears(child, f"{name}.{child_name}")
 
 
-def _last_linear(module: nn.Module) -> tuple[str, nn.Linear]:
-    linears = list(_linears(module))
+def _last_linear(module: nn.Module, name: str = "") -> tuple[str, nn.Linear]:
+    linears = list(_linears(module, name))
     if not linears:
         raise ValueError(
-            f"UniAdapter cannot adapt {type(_base(module)).__name__}: it adapts dense layers and modules that end in "
-            "one, such as a whole ViT block; change `target_modules`."
+            f"UniAdapter cannot adapt {type(_base(module)).__name__}: it adapts dense layers and modules "
+            "that end in one, such as a whole ViT block; change `target_modules`."
         )
     return linears[-1]
 
 
 def default_target_modules(model: nn.Module) -> set[str]:
     """Return the names, within a block, of the output projection of the attention: its last dense layer."""
-    return {f"attention.{_last_linear(_base(block).attention)[0]}" for block in vit_blocks(model)}
+    return {
+        _last_linear(_base(block).get_submodule("attention"), "attention")[0] for block in vit_blocks(model)
+    }
 
 
 @dataclass
@@ -95,16 +97,16 @@ class UniAdapterConfig(PeftConfig):
         # not `bias`: PEFT gives that field the meaning "which biases of the base model to train"
         metadata={"help": "Whether the two projections of the bottleneck have biases."},
     )
-    target_modules: list[str] | str | None = field(
+    target_modules: set[str] | list[str] | str | None = field(
         default=None,
         metadata={
             "help": (
-                "Names (or endings of names), or one regular expression, of the modules to adapt. By default the "
-                "output projection of the attention in every block of a ViT. Whole blocks may be named as well."
+                "Names (or endings of names), or one regular expression, of the modules to adapt. By default "
+                "the output projection of the attention in every block of a ViT. Whole blocks may be named."
             )
         },
     )
-    exclude_modules: list[str] | str | None = field(
+    exclude_modules: set[str] | list[str] | str | None = field(
         default=None,
         metadata={
             "help": "Names (or endings of names), or one regular expression, of modules to leave alone."
@@ -132,14 +134,13 @@ class UniAdapterConfig(PeftConfig):
             raise ValueError(f"use_bias={self.use_bias!r} given; it must be True or False.")
 
 
-class UniAdapterLayer(nn.Module, BaseTunerLayer):
+class UniAdapterLayer(BaseTunerLayer):
     """A module with bottleneck adapters on its output; the last dimension of the output is adapted."""
 
     adapter_layer_names = ("uniadapter_down", "uniadapter_up")
     other_param_names = ("r", "scale")
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: UniAdapterConfig) -> None:
-        super().__init__()
         self.base_layer = base_layer
         self.features = _last_linear(base_layer)[1].out_features
         self.r: dict[str, int] = {}
@@ -147,7 +148,7 @@ class UniAdapterLayer(nn.Module, BaseTunerLayer):
         self.uniadapter_down = nn.ModuleDict()
         self.uniadapter_up = nn.ModuleDict()
         self._disable_adapters = False
-        self.merged_adapters = []
+        self.merged_adapters: list[str] = []
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
 
@@ -162,13 +163,17 @@ class UniAdapterLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def reset_uniadapter_parameters(self, adapter_name: str) -> None:
-        """Start an adapter anew: Kaiming-uniform down projection, everything else zero, hence the identity."""
-        down, up = self.uniadapter_down[adapter_name], self.uniadapter_up[adapter_name]
+        """Start an adapter anew as the identity: Kaiming-uniform down projection, everything else zero."""
+        down, up = self._projections(adapter_name)
         nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
         nn.init.zeros_(up.weight)
         for projection in (down, up):
             if projection.bias is not None:
                 nn.init.zeros_(projection.bias)
+
+    def _projections(self, adapter_name: str) -> tuple[nn.Linear, nn.Linear]:
+        down, up = self.uniadapter_down[adapter_name], self.uniadapter_up[adapter_name]
+        return cast(nn.Linear, down), cast(nn.Linear, up)
 
     def _get_base_layer_device_and_dtype(
         self, base_layer: nn.Module
@@ -184,10 +189,9 @@ class UniAdapterLayer(nn.Module, BaseTunerLayer):
         for name in self.active_adapters:
             if name not in self.uniadapter_down:
                 continue
-            down, up = self.uniadapter_down[name], self.uniadapter_up[name]
+            down, up = self._projections(name)
             x = self._cast_input_dtype(y, down.weight.dtype)
-            # b_up is part of `up`, so it is scaled too: s * b_up spans the same functions as eq. 3's b_up
-            result = result + (self.scale[name] * up(torch.relu(down(x)))).to(result.dtype)
+            result = result + up(self.scale[name] * torch.relu(down(x))).to(result.dtype)
         return result
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:  # noqa: ARG002
@@ -198,19 +202,20 @@ class UniAdapterLayer(nn.Module, BaseTunerLayer):
         """Refuse: nothing can have been merged."""
         raise ValueError(_NOT_MERGEABLE)
 
-    def __repr__(self) -> str:
-        return "uniadapter." + super().__repr__()
 
-
-class UniAdapterLinear(UniAdapterLayer):
+class UniAdapterLinear(nn.Module, UniAdapterLayer):
     """A dense layer with bottleneck adapters on its output."""
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: UniAdapterConfig) -> None:
+        super().__init__()
+        UniAdapterLayer.__init__(self, base_layer, adapter_name, config)
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run the dense layer, then the active adapters."""
         return self.adapt(self.base_layer(*args, **kwargs))
 
 
-class UniAdapterBlock(UniAdapterLayer):
+class UniAdapterBlock(nn.Module, UniAdapterLayer):
     """A whole block, or any module that ends in a dense layer, with bottleneck adapters on its output.
 
     The adapters run in a forward hook of the block and before its other hooks: transformers collects
@@ -218,7 +223,8 @@ class UniAdapterBlock(UniAdapterLayer):
     """
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: UniAdapterConfig) -> None:
-        super().__init__(base_layer, adapter_name, config)
+        super().__init__()
+        UniAdapterLayer.__init__(self, base_layer, adapter_name, config)
         self._hook = base_layer.register_forward_hook(self._adapt_output, prepend=True)
 
     def _adapt_output(self, _module: nn.Module, _args: Any, output: Any) -> Any:
@@ -250,8 +256,10 @@ class UniAdapterModel(BaseTuner):
     tuner_layer_cls = UniAdapterLayer
 
     def _prepare_adapter_config(
-        self, peft_config: UniAdapterConfig, model_config: dict[str, Any]
-    ) -> UniAdapterConfig:  # noqa: ARG002
+        self,
+        peft_config: UniAdapterConfig,
+        model_config: dict[str, Any],  # noqa: ARG002
+    ) -> UniAdapterConfig:
         if peft_config.target_modules is None:
             peft_config.target_modules = default_target_modules(self.model)
         return peft_config
