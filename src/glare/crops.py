@@ -57,7 +57,8 @@ def cut(images: PackedImages, index: Tensor, crop: Crop, *, size: tuple[int, int
     Args:
         images: the packed images.
         index: (n,) int64, the image each crop is cut from.
-        crop: crops (n, 2); parts outside the image come out black.
+        crop: crops (n, 2). A pixel whose centre lies outside the image is black; the others see the image only,
+            so that a border has no dark rim.
         size: (height, width) of the result in px.
 
     Returns:
@@ -77,6 +78,7 @@ def cut(images: PackedImages, index: Tensor, crop: Crop, *, size: tuple[int, int
         )
         count, _, rows, columns = window.shape
         narrow = torch.bmm(window.view(count, 3 * rows, columns), across.transpose(1, 2)).view(count, 3, rows, -1)
+        narrow.clamp_(0, 255)  # between the passes too, as Pillow, whose rows are 8 bit by then
         out[chunk] = torch.matmul(down.unsqueeze(1), narrow).clamp_(0, 255).div_(255)
     return out
 
@@ -137,7 +139,7 @@ def _gather(images: PackedImages, index: Tensor, first: Tensor, extent: Tensor) 
 def _weights(
     crop: Crop, source_px: Tensor, window: tuple[Tensor, Tensor], *, axis: int, taps: int, outputs: int
 ) -> Tensor:
-    """Filter weights along one axis: (n, outputs, taps), each row summing to 1 (or 0 far outside the image)."""
+    """Filter weights along one axis: (n, outputs, taps), each row summing to 1, or 0 where its centre lies outside."""
     low, high = (edge[:, axis, None, None] for edge in window)
     length = source_px[:, axis, None, None].float()
     offset, scale = crop.offset[:, axis, None, None] * length, crop.scale[:, axis, None, None] * length
@@ -145,8 +147,8 @@ def _weights(
     pixel = low + torch.arange(taps, device=low.device).view(1, 1, -1)
     reduction = (scale.abs() / outputs).clamp(min=1)
     weight = _bicubic((pixel + 0.5 - centre) / reduction) * (pixel < high)
-    total = weight.sum(dim=-1, keepdim=True)
-    return torch.where(total.abs() > 1e-6, weight / total, 0)
+    inside = (centre >= 0) & (centre < length)
+    return torch.where(inside, weight / weight.sum(dim=-1, keepdim=True), 0)
 
 
 def _bicubic(x: Tensor) -> Tensor:
