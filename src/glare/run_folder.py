@@ -1,0 +1,272 @@
+"""The folder of one run: recipe, metrics, checkpoints and results; a reader never meets a half-written one.
+
+A step counts finished optimizer steps: no line of ``metrics.jsonl`` has step 0, and the checkpoint of step k holds
+the state after k steps.
+"""
+
+import json
+import math
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from glare.errors import UserError
+from glare.recipes import to_dict, to_yaml
+from glare.typed_values import written
+from glare.yaml_files import read_mapping
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+MAY_DIFFER_ON_RESUME = frozenset(
+    {
+        "checkpoint_every",
+        "device",
+        "epochs",
+        "log_every",
+        "num_workers",
+        "output",
+        "report_to",
+        "resume",
+        "steps",
+        "strict",
+    }
+)
+"""Recipe keys that may change between a run and its ``--resume``."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The state after ``step`` optimizer steps, on the CPU."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+class RunFolder:
+    """A run's folder and how to write into it; made by ``create``.
+
+    With ``write=False``, on all processes but the main one, it only reads.
+    """
+
+    def __init__(self, path: Path, *, write: bool) -> None:
+        self.path = path
+        self.write = write
+
+    @staticmethod
+    def check(path: Path, *, resume: bool | None = None) -> None:
+        """Raise UserError if a run cannot write to ``path``; touches nothing, so a job begins with it.
+
+        ``resume`` None is a job that cannot be resumed.
+        """
+        if path.exists() and not path.is_dir():
+            raise UserError(f"the output {path} is a file; give a folder that is new or empty")
+        if path.exists() and any(path.iterdir()):
+            _check_used(path, resume=resume)
+        above = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            raise UserError(
+                f"the output {path} cannot be made, {above} is no folder one may write to; give another"
+            )
+
+    @classmethod
+    def create(cls, path: Path, *, resume: bool | None = None, write: bool = True) -> "RunFolder":
+        """Make the folder, once everything that the user may have got wrong is known to be right."""
+        if write:
+            cls.check(path, resume=resume)
+            path.mkdir(parents=True, exist_ok=True)
+        return cls(path, write=write)
+
+    def write_recipe(self, recipe: "DataclassInstance") -> None:
+        """Write ``recipe.yaml``; in a resumed folder, bring the metrics back to the latest checkpoint.
+
+        Raises UserError, with nothing changed, where the run was made with other values of keys that matter.
+        """
+        file = self.path / "recipe.yaml"
+        if file.exists():
+            _check_same(file, recipe)
+        if self.write:
+            self._clear_leftovers()
+            self._rewind()
+            atomic_write_text(file, to_yaml(recipe))
+
+    def log(self, step: int, **values: object) -> None:
+        """Add a line to ``metrics.jsonl``; numbers that are not finite become null."""
+        if not self.write:
+            return
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_finite({"step": step, **values})) + "\n")
+
+    def write_checkpoint(
+        self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *, keep: int = 2
+    ) -> None:
+        """Write ``checkpoints/step_<step>`` and remove all but the last ``keep``.
+
+        Tensors may have any dtype, shape and device, and share memory; ``state`` is plain JSON, floats exact.
+        """
+        if not self.write:
+            return
+        (self.path / "checkpoints").mkdir(exist_ok=True)
+        with self.publish(f"checkpoints/step_{step:06d}") as folder:
+            # safetensors refuses tensors that share memory or have gaps
+            packed = {
+                name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()
+            }
+            save_file(packed, folder / "state.safetensors")
+            (folder / "state.json").write_text(json.dumps({"step": step, "state": state}), encoding="utf-8")
+        for old in self._checkpoints()[keep:]:
+            shutil.rmtree(old)
+
+    def latest_checkpoint(self) -> Checkpoint | None:
+        """The last complete checkpoint, None where there is none; warns of one that cannot be read."""
+        for folder in self._checkpoints():
+            try:
+                saved = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+                tensors = load_file(folder / "state.safetensors")
+                return Checkpoint(step=saved["step"], tensors=tensors, state=saved["state"])
+            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+                warnings.warn(f"{folder} is left out, it cannot be read: {error}", stacklevel=2)
+        return None
+
+    @contextmanager
+    def publish(self, name: str) -> Iterator[Path]:
+        """Give an empty folder to fill; at the end it takes its name in the run folder, in place of an older one.
+
+        After an error nothing of it is left. On the writing process only.
+        """
+        target = self.path / name
+        partial = _partial(target)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        try:
+            yield partial
+            for file in sorted(partial.rglob("*")):
+                _sync(file)
+            _sync(partial)
+            if target.exists():
+                shutil.rmtree(target)
+            partial.rename(target)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        _sync(target.parent)
+
+    def _checkpoints(self) -> list[Path]:
+        """Folders of checkpoints, the latest first."""
+        found = [path for path in (self.path / "checkpoints").glob("step_*") if path.name[5:].isdigit()]
+        return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+
+    def _clear_leftovers(self) -> None:
+        """Remove what a killed run was writing."""
+        for pattern in (".*.partial", "checkpoints/.*.partial"):
+            for path in self.path.glob(pattern):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def _rewind(self) -> None:
+        """Drop the metrics of steps that are done again, and a line that a killed run left unfinished."""
+        file = self.path / "metrics.jsonl"
+        if not file.exists():
+            return
+        checkpoint = self.latest_checkpoint()
+        last = 0 if checkpoint is None else checkpoint.step
+        kept = [line for line in file.read_text(encoding="utf-8").splitlines() if _step(line) <= last]
+        atomic_write_text(file, "".join(f"{line}\n" for line in kept))
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """Write a file so that it is there whole or as it was before."""
+    partial = _partial(path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        _sync(partial)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+
+
+def atomic_write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """``atomic_write_text`` of indented JSON; numbers that are not finite become null."""
+    atomic_write_text(path, json.dumps(_finite(values), indent=2, ensure_ascii=False) + "\n")
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
+
+
+def _sync(path: Path) -> None:
+    """Wait until the disk has the file, or the entries of the folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _check_used(path: Path, *, resume: bool | None) -> None:
+    """Raise UserError for a folder with something in it, unless it is a run to go on with."""
+    if not resume:
+        remedy = (
+            "give another --output"
+            if resume is None
+            else "give another --output, or --resume to go on with it"
+        )
+        raise UserError(f"the output folder {path} is in use; {remedy}")
+    if not (path / "recipe.yaml").exists():
+        raise UserError(
+            f"the output folder {path} holds no run to --resume (no recipe.yaml); give another --output"
+        )
+
+
+def _check_same(file: Path, recipe: "DataclassInstance") -> None:
+    """Raise UserError where the recipe on disk and this one differ in a key that matters."""
+    old, new = _flatten(read_mapping(file)), _flatten(to_dict(recipe))
+    names = [name for name in {**old, **new} if name.split(".")[0] not in MAY_DIFFER_ON_RESUME]
+    changes = [
+        f"{name} was {written(old.get(name))} and is {written(new.get(name))}"
+        for name in names
+        if old.get(name) != new.get(name)
+    ]
+    if changes:
+        raise UserError(
+            f"the run in {file.parent} has another recipe: {'; '.join(changes)}; "
+            "give --resume with the old values, or another --output without it"
+        )
+
+
+def _flatten(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        inner = (
+            _flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+        )
+        flat |= inner
+    return flat
+
+
+def _finite(value: Any) -> Any:
+    """The value with None for numbers that JSON does not have."""
+    if isinstance(value, Mapping):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _step(line: str) -> float:
+    """The step of a line of metrics, infinite for a broken line."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
