@@ -114,7 +114,7 @@ def test_a_crop_is_the_transcription(image_size: tuple[int, int], box: Box, size
     ],
 )
 def test_outside_the_image_is_black(box: Box, size: tuple[int, int], flip: bool):
-    """A hard border: as if the image were resized first and then laid on a black ground (mmsegmentation's order)."""
+    """A hard border: as if the image were resized first and then laid on a black ground."""
     image = noise_image(20, 16, 2) // 2 + 100
     box = box._replace(flip=flip)
     found = one(image, box, size)

@@ -213,7 +213,7 @@ def test_flips_come_with_their_probability():
 
 
 def test_crops_follow_torchvisions_rule_in_distribution():
-    """Quantiles of area, aspect and place against a literal loop; the image's shape makes many draws not fit."""
+    """Quantiles of place and size against a literal loop; the image's shape makes many draws not fit."""
     count, size, area = 4000, (300, 140), (0.25, 1.0)
     draw = random.Random(0)
     loop = torch.tensor(

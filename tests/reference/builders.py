@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from reference.correspondence import Box
 
 from glare.crops import PackedImages
 from glare.geometry import Crop
-from reference.correspondence import Box
 
 
 def crop_of(boxes: Sequence[Box], sizes: Sequence[tuple[int, int]]) -> Crop:
@@ -34,7 +34,7 @@ def noise_image(width: int, height: int, seed: int) -> np.ndarray:
 
 
 def coordinate_image(width: int, height: int, limit: int = 256) -> np.ndarray:
-    """Red holds each pixel's column, green its row; at most ``limit`` each, so that one grey step is one pixel."""
+    """Red holds each pixel's column, green its row, so that one grey step is one pixel; ``limit`` a side."""
     assert width <= limit and height <= limit
     image = np.zeros((height, width, 3), dtype=np.uint8)
     image[..., 0] = np.arange(width)

@@ -1,4 +1,4 @@
-"""Back-tracking one patch at a time (paper section 4.2), from boxes in pixels and a flip bit, not from ``Crop``."""
+"""Back-tracking one patch at a time (paper section 4.2), from boxes in pixels and a flip bit."""
 
 import math
 import random
@@ -32,7 +32,7 @@ def view_point(box: Box, x: float, y: float) -> tuple[float, float]:
 
 
 def corresponding_patch(a: Box, b: Box, row: int, column: int, grid_a: Grid, grid_b: Grid) -> int | None:
-    """h(x^(s) | X'): the patch of ``b`` that holds the centre of a patch of ``a``; None where there is none."""
+    """h(x^(s) | X'): the patch of ``b`` that holds the centre of a patch of ``a``, if there is one."""
     x, y = source_point(a, (column + 0.5) / grid_a[1], (row + 0.5) / grid_a[0])
     u, v = view_point(b, x, y)
     if not (0 <= u < 1 and 0 <= v < 1):
@@ -71,8 +71,8 @@ def random_resized_crop(
 ) -> tuple[int, int, int, int]:
     """The rule of torchvision's RandomResizedCrop, told from its documentation: left, top, width, height.
 
-    Ten times, an area and an aspect ratio (log-uniform) are drawn, and the first pair that fits is placed at a
-    uniformly drawn whole pixel. If none fits, the largest central window of an allowed ratio.
+    Ten times, an area and an aspect ratio (log-uniform) are drawn, and the first pair that fits is placed at
+    a uniformly drawn whole pixel. If none fits, the largest central window of an allowed ratio.
     """
     for _ in range(10):
         target = width * height * draw.uniform(*area)

@@ -3,7 +3,6 @@
 import math
 
 import numpy as np
-
 from reference.correspondence import Box, source_point
 
 
@@ -18,7 +17,7 @@ def keys_cubic(x: float) -> float:
 
 
 def resample_line(line: list[float], first: float, length: float, outputs: int) -> list[float]:
-    """Resize the stretch [first, first + length) px of a line of pixels: 0 beyond the line, 8-bit range elsewhere.
+    """Resize the stretch [first, first + length) px of a line: 0 beyond the line, 8-bit range elsewhere.
 
     The kernel is widened when the stretch is reduced, and sees no pixel outside the stretch or the line.
     """
