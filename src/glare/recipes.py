@@ -1,6 +1,6 @@
 """A recipe: one dataclass is one YAML file is the command line of one job.
 
-Values come from the defaults, then ``--recipe FILE``, then options, then ``key=value`` at the end of the line.
+Values come from the defaults, then ``--recipe FILE``, then options, then ``key=value`` at the end.
 Each is read as the type of its field: ``--match 123`` is text, ``learning_rate: 1e-3`` a number.
 A frozen dataclass validates itself in ``__post_init__``; a ValueError raised there is the user's mistake.
 """
@@ -89,10 +89,11 @@ def read_yaml(path: str | Path, recipe_class: type[R]) -> dict[str, Any]:
 
 
 def nearest(name: str, candidates: Sequence[str]) -> str:
-    """The candidate that looks most like ``name``, compared in full and by its part after the last dot."""
+    """The candidate most like ``name``: in full, by its part after the last dot, or by the initials of that."""
 
     def likeness(candidate: str) -> float:
-        forms = (candidate, candidate.rsplit(".")[-1])
+        last = candidate.rsplit(".")[-1]
+        forms = (candidate, last, "".join(word[:1] for word in last.split("_")))
         return max(SequenceMatcher(None, name.lower(), form.lower()).ratio() for form in forms)
 
     return max(candidates, key=likeness)
@@ -225,6 +226,7 @@ def _parser(keys: Sequence[_Key], *, prog: str, description: str) -> _Parser:
         add_help=False,
     )
     groups = {must: parser.add_argument_group("required" if must else "options") for must in (True, False)}
+    groups[False].add_argument("-h", "--help", action="help", help="show this and exit")
     groups[False].add_argument(
         "--recipe", metavar="FILE", default=argparse.SUPPRESS, help="YAML file of these keys"
     )
@@ -234,7 +236,7 @@ def _parser(keys: Sequence[_Key], *, prog: str, description: str) -> _Parser:
             form = {"metavar": key.metavar}
         text = key.described.replace("%", "%%")
         groups[key.required].add_argument(
-            f"--{_kebab(key.name)}", default=argparse.SUPPRESS, help=text, **form
+            _as_argument(key.name), default=argparse.SUPPRESS, help=text, **form
         )
     parser.add_argument(
         "_free",

@@ -1,7 +1,7 @@
 """The folder of one run: recipe, metrics, checkpoints and results; a reader never meets a half-written one.
 
-A step counts finished optimizer steps: no line of ``metrics.jsonl`` has step 0, and the checkpoint of step k holds
-the state after k steps.
+A step counts finished optimizer steps: no line of ``metrics.jsonl`` has step 0, and the checkpoint of step k
+holds the state after k steps.
 """
 
 import json
@@ -140,7 +140,7 @@ class RunFolder:
 
     @contextmanager
     def publish(self, name: str) -> Iterator[Path]:
-        """Give an empty folder to fill; at the end it takes its name in the run folder, in place of an older one.
+        """Give an empty folder to fill, which replaces ``name`` in the run folder at the end.
 
         After an error nothing of it is left. On the writing process only.
         """
