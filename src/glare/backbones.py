@@ -72,7 +72,9 @@ def adapt(model: GlareModel, kind: str, *, rank: int, scale: float) -> GlareMode
     if model.config.adapter_config is not None:
         present = str(model.config.adapter_config["peft_type"]).lower()
         if present != kind:
-            raise UserError(f"the backbone already has {present} adapters, --adapter {kind} is not possible: give {present}")
+            raise UserError(
+                f"the backbone already has {present} adapters, --adapter {kind} is not possible: give {present}"
+            )
     elif kind in ("uniadapter", "lora"):
         model = GlareModel.from_backbone(backbone, _adapter_config(backbone, kind, rank=rank, scale=scale))
     for name, parameter in model.backbone.named_parameters():
@@ -98,8 +100,11 @@ def read_normalisation(name: str) -> Normalisation:
     from transformers.utils import cached_file
 
     path = cached_file(
-        resolve_backbone(name), "preprocessor_config.json", _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False, _raise_exceptions_for_gated_repo=False,
+        resolve_backbone(name),
+        "preprocessor_config.json",
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        _raise_exceptions_for_gated_repo=False,
     )
     if path is None:
         return Normalisation()

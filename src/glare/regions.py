@@ -88,9 +88,7 @@ def _choose_heads(num_heads: int, count: int | None, generator: torch.Generator)
     return torch.arange(wanted) % num_heads
 
 
-def _rectangles(
-    start: Tensor, grid: Grid, config: RegionConfig, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
+def _rectangles(start: Tensor, grid: Grid, config: RegionConfig, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Patches of random rectangles that hold the patch ``start`` (b, m): index and valid, (b, m, l)."""
     limits = torch.tensor(grid)
     low, high = limits.clamp(max=config.min_side), limits.clamp(max=config.max_side)

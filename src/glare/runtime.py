@@ -98,7 +98,9 @@ class Clock:
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """State of an optimizer as named tensors: ``<parameter number>.<entry>``."""
     state = optimizer.state_dict()["state"]
-    return {f"{number}.{name}": torch.as_tensor(value) for number, entry in state.items() for name, value in entry.items()}
+    return {
+        f"{number}.{name}": torch.as_tensor(value) for number, entry in state.items() for name, value in entry.items()
+    }
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:

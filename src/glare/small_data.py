@@ -32,22 +32,20 @@ def derive_optimisation(steps: int) -> dict[str, Any]:
     }
 
 
-def derive_model(steps: int, batch_size: int, *, patch_size: int, image_size: int) -> dict[str, Any]:
-    """View sizes that fit the patch, and for short runs a small head, fewer local views and adapters at full scale."""
-    views: dict[str, Any] = {
-        "global_size": _multiple(min(224, image_size), patch_size),
-        "local_size": _multiple(min(96, image_size * 3 // 7), patch_size),
+def derive_model(steps: int, batch_size: int, *, patch_size: int) -> dict[str, Any]:
+    """The paper's 14 x 14 and 6 x 6 patches a view; for short runs a small head, four local views, adapters unscaled.
+
+    Images are kept at twice the side of a global view, so that the smallest local views are hardly enlarged.
+    """
+    derived: dict[str, Any] = {
+        "views": {"global_size": 14 * patch_size, "local_size": 6 * patch_size},
+        "image_size": 28 * patch_size,
     }
-    derived: dict[str, Any] = {"views": views}
     if steps * batch_size <= SMALL_RUN_VISITS:
-        views["num_local"] = 4
+        derived["views"]["num_local"] = 4
         derived["glare"] = {"prototypes": 2048, "head_hidden": 512}
-        derived["uniadapter"] = {"scale": 1.0}
+        derived["scale"] = 1.0
     return derived
-
-
-def _multiple(size: int, of: int) -> int:
-    return max(1, round(size / of)) * of
 
 
 def overlay(derived: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -57,3 +55,11 @@ def overlay(derived: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, A
         below = merged.get(key)
         merged[key] = overlay(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
     return merged
+
+
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"a": {"b": 1}}`` -> ``{"a.b": 1}``."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat

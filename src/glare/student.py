@@ -45,7 +45,12 @@ class Student(nn.Module):
         local = features[1] if len(views.local) else _no_views(features[0])
         objective: Objective = self.objective  # type: ignore[assignment]
         return objective(
-            (features[0], local), teacher, views, target=target.objective, temperature=temperature, generator=generator
+            (features[0], local),
+            teacher,
+            views,
+            target=target.objective,
+            temperature=temperature,
+            generator=generator,
         )
 
 

@@ -32,7 +32,9 @@ class ViewConfig:
     grey_prob: float = option(0.2, "probability of a grey view")
     blur_prob: tuple[float, float, float] = option((1.0, 0.1, 0.5), "of first global, second global, local views")
     solarize_prob: tuple[float, float, float] = option((0.0, 0.2, 0.0), "likewise")
-    patch_augmentation: str = option("blur", "what is done to patches of the student's views", choices=PATCH_AUGMENTATIONS)
+    patch_augmentation: str = option(
+        "blur", "what is done to patches of the student's views", choices=PATCH_AUGMENTATIONS
+    )
     patch_sampling: str = option("random", "where these patches lie", choices=("random", "block"))
     patch_prob: float = option(0.5, "share of the global views that have such patches")
     patch_ratio: tuple[float, float] = option((0.1, 0.5), "share of the patches of such a view, low and high")

@@ -47,7 +47,8 @@ class GlareSettings:
     head_hidden: int = option(2048, "width of the projection head")
     head_bottleneck: int = option(256, "width of its last layer's input")
     region_target: str = option(
-        "text", "what the teacher's cross-attention reads: R' through R, eq. 6 as printed, or all of Z' (UDI)",
+        "text",
+        "what the teacher's cross-attention reads: R' through R, eq. 6 as printed, or all of Z' (UDI)",
         choices=("text", "eq6", "udi"),
     )
     regions: RegionConfig = option(RegionConfig(), "how regions are drawn")
@@ -211,8 +212,14 @@ class _Step:
         query = _take(student, regions.index.flatten(1))
         context = objective.cross_attention(query, student)
         with torch.no_grad():
-            read = _read_target(target.cross_attention, query.detach(), student.detach(), teacher, regions,
-                                how=objective.config.region_target)
+            read = _read_target(
+                target.cross_attention,
+                query.detach(),
+                student.detach(),
+                teacher,
+                regions,
+                how=objective.config.region_target,
+            )
             target_rows = target.head(read.view(b, m, size, -1)[regions.matched])
         return objective.head(context.view(b, m, size, -1)[regions.matched]), target_rows
 

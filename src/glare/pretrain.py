@@ -1,0 +1,369 @@
+"""``glare pretrain``: adapt a self-supervised ViT to unlabelled images (paper sections 3.2, 4 and 5)."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from glare import recipes
+from glare.backbones import ADAPTERS, adapt, load_backbone, read_normalisation
+from glare.crops import PackedImages, subset
+from glare.data.cache import Packed, pack
+from glare.data.sources import open_source
+from glare.errors import UserError
+from glare.modeling_glare import GlareModel
+from glare.objectives.base import Terms
+from glare.objectives.glare import GlareObjective, GlareSettings
+from glare.recipes import option, required
+from glare.run_folder import RunFolder
+from glare.runtime import (
+    DEVICES,
+    PRECISIONS,
+    TRACKERS,
+    Clock,
+    epoch_batches,
+    make_accelerator,
+    seeded,
+)
+from glare.schedules import cosine, linear, warmup_cosine
+from glare.segmenters import image_processor
+from glare.small_data import derive_model, derive_optimisation, derive_steps, flatten, overlay
+from glare.student import Student
+from glare.teacher import make_teacher, update_teacher
+from glare.train_state import TrainState, clip_each, parameter_groups
+from glare.views import Normalisation, ViewConfig, Views, make_views
+
+OBJECTIVES = {"glare": GlareObjective}
+"""Objective -> its module; its settings are the recipe key of the same name."""
+
+GPU_CACHE_SHARE = 0.3  # of the free GPU memory that the packed images may take
+FORGOTTEN = 0.05  # share of its initial weights below which the teacher is the better export
+
+
+@dataclass(frozen=True)
+class PretrainRecipe:
+    """Adapt a self-supervised ViT to unlabelled images."""
+
+    backbone: str = required("folder or Hub id of a ViT, 'landcover-vit', or a config.json for random weights")
+    data: str = required("folder of images, Hub id, parquet or tar shards, or landcover:<domain>[:count[:seed]]")
+    output: Path = required("run folder to write")
+    match: str | None = option(None, "globs on file stems, comma-separated, ! excludes")
+    objective: str = option("glare", "what is learned", choices=tuple(OBJECTIVES))
+    adapter: str = option("uniadapter", "what trains in the backbone", choices=ADAPTERS)
+    rank: int = option(64, "width of the adapters")
+    scale: float = option(0.1, "factor on the adapters' output")
+    steps: int | None = option(None, "optimizer steps; derived from the number of images where not given")
+    epochs: int | None = option(None, "passes over the images, instead of steps")
+    batch_size: int | None = option(None, "images a step over all processes; 8 on a CPU, 64 on a GPU where not given")
+    learning_rate: float | None = option(None, "peak; derived where not given")
+    min_learning_rate: float = option(1e-6, "at the end of the cosine")
+    warmup_steps: int | None = option(None, "linear warm-up; derived where not given")
+    weight_decay: float = option(0.1, "of matrices; biases and norms have none")
+    clip: float = option(3.0, "largest gradient norm of each parameter")
+    freeze_last_layer_steps: int | None = option(None, "steps in which the head's last layer does not move; an epoch")
+    momentum: float | None = option(None, "of the teacher, at the start; derived where not given")
+    momentum_end: float | None = option(None, "at the end of its cosine; derived where not given")
+    teacher_temperature: tuple[float, float] = option((0.04, 0.07), "at the start, and after its linear ramp")
+    temperature_ramp: float = option(0.3, "share of the steps the ramp takes")
+    export: str = option(
+        "auto",
+        "weights to save; auto: the teacher's once it has forgotten its start",
+        choices=("auto", "student", "teacher"),
+    )
+    image_size: int | None = option(
+        None,
+        "images are kept with at most this short side in px, 0 for native; twice the global views where not given",
+    )
+    strict: bool = option(False, "stop at the first unreadable image instead of skipping it")
+    seed: int = option(0, "of all draws")
+    device: str = option("auto", "where to run", choices=DEVICES)
+    precision: str = option("auto", "auto: bf16 where the processor has it", choices=PRECISIONS)
+    checkpoint_every: int = option(100, "steps between checkpoints")
+    log_every: int = option(10, "steps between lines of metrics.jsonl")
+    num_workers: int = option(8, "threads that decode images")
+    report_to: str = option("tensorboard", "trackers besides metrics.jsonl", choices=TRACKERS)
+    resume: bool = option(False, "go on from the last checkpoint of the output folder")
+    views: ViewConfig = option(ViewConfig(), "views")
+    glare: GlareSettings = option(GlareSettings(), "objective")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Entry point of ``glare pretrain`` and of ``accelerate launch training/pretrain.py``."""
+    run(recipes.parse_given(PretrainRecipe, argv, prog="glare pretrain"))
+
+
+def run(given: Mapping[str, Any]) -> Path:
+    """Adapt; ``given`` are the recipe keys the user set, the others are derived from the data or the paper's.
+
+    Returns the run folder.
+    """
+    recipe = recipes.from_dict(PretrainRecipe, given)
+    RunFolder.check(recipe.output, resume=recipe.resume)
+    accelerator = make_accelerator(
+        device=recipe.device, precision=recipe.precision, report_to=recipe.report_to, output=recipe.output
+    )
+
+    # data, model, and the settings that depend on them
+    model = load_backbone(recipe.backbone)
+    source = open_source(recipe.data, match=recipe.match)
+    recipe, derived = resolve(given, num_images=len(source), patch_size=model.patch_size, accelerator=accelerator)
+    packed = pack(
+        source,
+        short_side=recipe.image_size or None,
+        strict=recipe.strict,
+        workers=recipe.num_workers,
+        progress=accelerator.is_main_process,
+    )
+    accelerator.print(describe(recipe, packed, derived))
+
+    # student, teacher, optimizer
+    torch.manual_seed(recipe.seed)
+    model = adapt(model, recipe.adapter, rank=recipe.rank, scale=recipe.scale)
+    student = make_student(model, recipe).to(accelerator.device)
+    teacher = make_teacher(student)
+    optimizer = torch.optim.AdamW(parameter_groups(student, recipe.weight_decay), lr=0.0)
+    wrapped, optimizer = accelerator.prepare(student, optimizer)
+    state = TrainState(student, teacher, optimizer)
+
+    # run folder, resume
+    folder = RunFolder.create(recipe.output, resume=recipe.resume, write=accelerator.is_main_process)
+    folder.write_recipe(recipe)
+    accelerator.init_trackers("")
+    checkpoint = folder.latest_checkpoint()
+    start = 0
+    if checkpoint is not None:
+        state.restore(checkpoint.tensors)
+        start = checkpoint.step
+
+    # the loop
+    images = to_device(packed.images, accelerator.device)
+    batches = epoch_batches(len(packed.names), recipe.batch_size, seed=recipe.seed, start=start)
+    normalise = read_normalisation(recipe.backbone)
+    clock = Clock()
+    bar = tqdm(total=recipe.steps, initial=start, desc="pretrain", disable=not accelerator.is_main_process)
+    for step, batch in zip(range(start, recipe.steps), batches, strict=False):
+        with clock.measure("data"):
+            views = cut_views(
+                images,
+                batch,
+                recipe,
+                accelerator,
+                step=step,
+                patch_size=model.patch_size,
+                normalise=normalise,
+            )
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(recipe, step)
+        terms, grad_norm = train_step(state, wrapped, views, recipe, accelerator, step=step)
+        bar.update()
+        if (step + 1) % recipe.log_every == 0 or step + 1 == recipe.steps:
+            values = measurements(terms, grad_norm, recipe, step, clock)
+            folder.log(step + 1, **values)
+            accelerator.log(values, step=step + 1)
+            bar.set_postfix_str(progress_text(values))
+            clock = Clock()
+        if (step + 1) % recipe.checkpoint_every == 0 or step + 1 == recipe.steps:
+            folder.write_checkpoint(step + 1, state.tensors(), {})
+    bar.close()
+    accelerator.end_training()
+    if accelerator.is_main_process:
+        save(model, state, recipe, folder, normalise)
+    return folder.path
+
+
+def resolve(
+    given: Mapping[str, Any], *, num_images: int, patch_size: int, accelerator: Accelerator
+) -> tuple[PretrainRecipe, dict[str, Any]]:
+    """The complete recipe, and the keys of it that were derived from the data."""
+    asked = recipes.from_dict(PretrainRecipe, given)
+    batch_size = asked.batch_size or min(num_images, 8 if accelerator.device.type == "cpu" else 64)
+    if batch_size % accelerator.num_processes:
+        raise UserError(
+            f"batch_size {batch_size} does not divide by {accelerator.num_processes} processes; "
+            f"give a multiple of {accelerator.num_processes}"
+        )
+    per_epoch = max(1, num_images // batch_size)
+    steps = asked.steps or (asked.epochs * per_epoch if asked.epochs else derive_steps(num_images, batch_size))
+    derived = {
+        "batch_size": batch_size,
+        "steps": steps,
+        "freeze_last_layer_steps": per_epoch,
+        **derive_optimisation(steps),
+        **derive_model(steps, batch_size, patch_size=patch_size),
+    }
+    known = {key: value for key, value in given.items() if value is not None}
+    recipe = recipes.from_dict(PretrainRecipe, overlay(derived, known))
+    for name, size in (("global_size", recipe.views.global_size), ("local_size", recipe.views.local_size)):
+        if size % patch_size:
+            raise UserError(
+                f"views.{name} {size} is no multiple of the patch size {patch_size}; "
+                f"give {max(1, round(size / patch_size)) * patch_size}"
+            )
+    chosen = {key: value for key, value in flatten(derived).items() if key not in flatten(known)}
+    return recipe, chosen
+
+
+def describe(recipe: PretrainRecipe, packed: Packed, derived: Mapping[str, Any]) -> str:
+    """What is about to happen, for the user: the data, what was skipped and what was chosen."""
+    count, pixels = len(packed.names), packed.images.pixels.nbytes
+    lines = [f"{count} images ({pixels / 2**20:.0f} MiB decoded), {len(packed.skipped)} skipped"]
+    lines += [f"  skipped {name}: {reason}" for name, reason in packed.skipped[:10]]
+    if len(packed.skipped) > 10:
+        lines.append(f"  ... and {len(packed.skipped) - 10} more")
+    lines.append(
+        f"{recipe.steps} steps of {recipe.batch_size} images = {recipe.steps * recipe.batch_size / count:.1f} passes"
+    )
+    if derived:
+        lines.append("chosen from the data: " + ", ".join(f"{key}={value}" for key, value in derived.items()))
+    return "\n".join(lines)
+
+
+def make_student(model: GlareModel, recipe: PretrainRecipe) -> Student:
+    """The adapted backbone with a fresh objective."""
+    config = model.config.backbone_config
+    settings = getattr(recipe, recipe.objective)
+    objective = OBJECTIVES[recipe.objective](config.hidden_size, config.num_attention_heads, settings)
+    return Student(model.backbone, objective, mask_token=recipe.views.patch_augmentation == "mask")
+
+
+def to_device(images: PackedImages, device: torch.device) -> PackedImages:
+    """All images on a GPU that has room for them; otherwise they stay, and every batch travels."""
+    if device.type == "cuda" and images.pixels.nbytes < GPU_CACHE_SHARE * torch.cuda.mem_get_info(device)[0]:
+        return images.to(device)
+    return images
+
+
+def cut_views(
+    images: PackedImages,
+    batch: Tensor,
+    recipe: PretrainRecipe,
+    accelerator: Accelerator,
+    *,
+    step: int,
+    patch_size: int,
+    normalise: Normalisation,
+) -> Views:
+    """This process's share of a batch, cut and augmented on the device."""
+    rank, world = accelerator.process_index, accelerator.num_processes
+    index = batch.view(world, -1)[rank]
+    if images.pixels.device != accelerator.device:
+        images, index = subset(images, index).to(accelerator.device), torch.arange(len(index))
+    generator = seeded(recipe.seed, step, rank, 0)
+    return make_views(images, index, recipe.views, patch_size=patch_size, normalise=normalise, generator=generator)
+
+
+def learning_rate(recipe: PretrainRecipe, step: int) -> float:
+    """Linear warm-up and cosine."""
+    assert recipe.steps and recipe.learning_rate is not None and recipe.warmup_steps is not None
+    return warmup_cosine(
+        step,
+        steps=recipe.steps,
+        warmup=recipe.warmup_steps,
+        peak=recipe.learning_rate,
+        end=min(recipe.min_learning_rate, recipe.learning_rate),
+    )
+
+
+def teacher_momentum(recipe: PretrainRecipe, step: int) -> float:
+    """Cosine from ``momentum`` to ``momentum_end``."""
+    assert recipe.steps and recipe.momentum is not None and recipe.momentum_end is not None
+    return cosine(step, steps=recipe.steps, start=recipe.momentum, end=recipe.momentum_end)
+
+
+def teacher_temperature(recipe: PretrainRecipe, step: int) -> float:
+    """Linear ramp over the first ``temperature_ramp`` of the steps."""
+    assert recipe.steps
+    start, end = recipe.teacher_temperature
+    return linear(step, steps=round(recipe.temperature_ramp * recipe.steps), start=start, end=end)
+
+
+def train_step(
+    state: "TrainState",
+    wrapped: nn.Module,
+    views: Views,
+    recipe: PretrainRecipe,
+    accelerator: Accelerator,
+    *,
+    step: int,
+) -> tuple[Terms, Tensor]:
+    """One optimizer step, then the teacher and the centres follow. Raises UserError when the loss is not finite."""
+    with accelerator.autocast():
+        features = state.teacher.target_features(views)
+        terms: Terms = wrapped(
+            views,
+            features,
+            target=state.teacher,
+            temperature=teacher_temperature(recipe, step),
+            generator=seeded(recipe.seed, step, accelerator.process_index, 1),
+        )
+    if not torch.isfinite(terms.total):
+        broken = ", ".join(name for name, value in terms.losses.items() if not torch.isfinite(value))
+        raise UserError(
+            f"the loss became {terms.total.item()} at step {step + 1} (terms: {broken}); lower learning_rate "
+            f"(now {recipe.learning_rate}) or give --precision fp32, and go on from the last checkpoint with --resume"
+        )
+    accelerator.backward(terms.total)
+    accelerator.unscale_gradients(state.optimizer)
+    assert recipe.freeze_last_layer_steps is not None
+    grad_norm = clip_each([p for p in state.student.parameters() if p.grad is not None], recipe.clip)
+    if step < recipe.freeze_last_layer_steps:
+        state.student.objective.head.last_layer.zero_grad()
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    update_teacher(state.teacher, state.student, teacher_momentum(recipe, step))
+    state.student.objective.update({key: sum_over_ranks(value, accelerator) for key, value in terms.batch_sums.items()})
+    return terms, grad_norm
+
+
+def sum_over_ranks(value: tuple[Tensor, Tensor], accelerator: Accelerator) -> tuple[Tensor, Tensor]:
+    """A sum and its count, added up over processes."""
+    total, count = (accelerator.reduce(part, reduction="sum") for part in value)
+    return total, count
+
+
+def measurements(terms: Terms, grad_norm: Tensor, recipe: PretrainRecipe, step: int, clock: Clock) -> dict[str, float]:
+    """One line of the log: this step's terms and health, and the speed since the last line."""
+    assert recipe.batch_size
+    steps = step % recipe.log_every + 1
+    return {
+        "loss": terms.total.item(),
+        **{f"loss_{name}": value.item() for name, value in terms.losses.items()},
+        **{name: value.item() for name, value in terms.health.items()},
+        "grad_norm": grad_norm.item(),
+        "learning_rate": learning_rate(recipe, step),
+        "teacher_momentum": teacher_momentum(recipe, step),
+        "images_per_second": steps * recipe.batch_size / clock.elapsed,
+        "data_wait": clock.share("data"),
+    }
+
+
+def progress_text(values: Mapping[str, float]) -> str:
+    """Behind the progress bar."""
+    terms = " ".join(f"{key.removeprefix('loss_')} {value:.2f}" for key, value in values.items() if "loss_" in key)
+    return f"{terms} | {values['images_per_second']:.1f} images/s, {values['data_wait']:.0%} waiting for data"
+
+
+def save(
+    model: GlareModel, state: TrainState, recipe: PretrainRecipe, folder: RunFolder, normalise: Normalisation
+) -> None:
+    """Write ``model/`` and, where there are adapters, ``adapter/``; both appear whole or not at all."""
+    assert recipe.steps
+    kept = math.prod(teacher_momentum(recipe, step) for step in range(recipe.steps))
+    which = recipe.export if recipe.export != "auto" else ("teacher" if kept < FORGOTTEN else "student")
+    if which == "teacher":
+        state.export_teacher()
+    model.backbone.set_attn_implementation("sdpa")
+    with folder.publish("model") as path:
+        model.save_pretrained(path)
+        image_processor(normalise, size=recipe.views.global_size, patch=model.patch_size).save_pretrained(path)
+    if model.config.adapter_config is not None:
+        with folder.publish("adapter") as path:
+            model.save_adapter(path, base_model=recipe.backbone)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"the {which}'s weights are in {folder.path / 'model'} ({trained:,} parameters trained)")

@@ -1,0 +1,71 @@
+"""All that changes during pre-training, as a checkpoint holds it, and how one step changes it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from glare.errors import UserError
+from glare.runtime import optimizer_tensors, restore_optimizer
+from glare.student import Student
+from glare.teacher import averaged_parameters
+
+
+@dataclass
+class TrainState:
+    """All that changes during a run and that a checkpoint holds."""
+
+    student: Student
+    teacher: Student
+    optimizer: torch.optim.Optimizer
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What trains, its averages, the centres and the optimizer, by name."""
+        named = {f"student.{name}": p for name, p in self.student.named_parameters() if p.requires_grad}
+        named |= {f"teacher.{name}": p for name, p, _ in averaged_parameters(self.teacher, self.student)}
+        named |= {f"objective.{name}": buffer for name, buffer in self.student.objective.named_buffers()}
+        return named | {f"optimizer.{name}": value for name, value in optimizer_tensors(self.optimizer).items()}
+
+    @torch.no_grad()
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Undo ``tensors``. Raises UserError when the checkpoint belongs to another model."""
+        own = {name: value for name, value in self.tensors().items() if not name.startswith("optimizer.")}
+        found = {name for name in tensors if not name.startswith("optimizer.")}
+        if own.keys() != found:
+            raise UserError(
+                f"the checkpoint does not fit this model ({len(own.keys() ^ found)} tensors differ, for example "
+                f"{min(own.keys() ^ found)}); give the recipe it was written with"
+            )
+        for name, value in own.items():
+            value.copy_(tensors[name])
+        prefix = "optimizer."
+        restore_optimizer(
+            self.optimizer, {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        )
+
+    @torch.no_grad()
+    def export_teacher(self) -> None:
+        """Put the averages where the student's weights are."""
+        for _, ours, theirs in averaged_parameters(self.teacher, self.student):
+            theirs.copy_(ours)
+
+
+def parameter_groups(student: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay, biases and norms do not."""
+    trained = [p for p in student.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+@torch.no_grad()
+def clip_each(parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
+    """Scale the gradient of each parameter to a norm of at most ``limit`` (DINO); returns the norm of all before."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norms = torch._foreach_norm(gradients)
+    factors = [(limit / (norm + 1e-6)).clamp(max=1.0) for norm in norms]
+    torch._foreach_mul_(gradients, factors)
+    return torch.stack(norms).norm()
