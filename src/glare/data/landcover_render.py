@@ -1,8 +1,9 @@
-"""The brushes of the landcover generator: noise, winding lines, parcels, roofs, tree crowns, light and sensor.
+"""The brushes of the landcover generator: noise, winding lines, parcels, roofs, tree crowns, light, sensor.
 
-Everything is numpy arithmetic that IEEE 754 fixes to the last bit (+ - * / sqrt floor, comparisons, table look-ups); waves are
-parabolas, directions are rounded to six digits and all randomness comes from `Generator.random`, so that a scene is the same
-bytes on every machine. Lengths are in pixels from the centre of the scene (x to the right, y down), colours are 0..255.
+Everything is arithmetic that IEEE 754 fixes to the last bit (+ - * / sqrt floor, comparisons, look-ups): a
+wave is two parabolas, directions are rounded to six digits, all randomness is from `Generator.random`. So a
+scene is the same bytes on every machine. Points are px from the centre of the scene (x to the right, y down),
+colours are 0..255.
 """
 
 import math
@@ -45,14 +46,14 @@ def rise(values: Map, low: float, high: float) -> Map:
 
 
 def shifted(values: Map, dx: int, dy: int) -> Map:
-    """Return the map whose pixel (x, y) is `values` at (x + dx, y + dy); the border is repeated."""
-    height, width = values.shape
+    """Return the map (..., h, w) whose pixel (x, y) is `values` at (x + dx, y + dy); borders are repeated."""
+    height, width = values.shape[-2:]
     rows = np.clip(np.arange(height) + dy, 0, height - 1)
-    return values[rows][:, np.clip(np.arange(width) + dx, 0, width - 1)]
+    return values.take(rows, -2).take(np.clip(np.arange(width) + dx, 0, width - 1), -1)
 
 
 class Canvas:
-    """A scene in the making: `label` (h, w) uint8, `albedo` (3, h, w), `height` (h, w) in px, and its random stream."""
+    """A scene in the making: `label` (h, w) uint8, `albedo` (3, h, w), `height` (h, w) in px."""
 
     def __init__(self, rng: np.random.Generator, size: int, sun_angle: float) -> None:
         axis = np.arange(size, dtype=np.float32) + np.float32(0.5 - size / 2)
@@ -73,7 +74,7 @@ class Canvas:
         return self.rng.random(shape, dtype=np.float32)
 
     def noise(self, cell: float, octaves: int = 1) -> Map:
-        """Return smooth noise (h, w) of about [-1, 1] with bumps of `cell` px, each further octave half as large."""
+        """Return smooth noise (h, w) of about [-1, 1] with bumps of `cell` px and, by octaves, finer ones."""
         total, weight = self._bumps(cell), 1.0
         for _ in range(1, octaves):
             cell, weight = cell / 2, weight / 2
@@ -115,7 +116,7 @@ class Canvas:
 
 @dataclass(frozen=True)
 class Line:
-    """A winding line, across = spline(along) in the frame of `axis`; `pieces` (n, 4) are its cubics, `pitch` px each."""
+    """A winding line, across = spline(along) in the frame of `axis`; `pieces` (n, 4) are cubics."""
 
     axis: Point
     pieces: Map
@@ -145,7 +146,7 @@ class Line:
 
 
 def winding(canvas: Canvas, angle: float, offset: float, *, pitch: float, bend: float) -> Line:
-    """Draw a line at `angle`, about `offset` px from the centre, that wanders by up to `bend` px every `pitch` px."""
+    """Draw a line at `angle` radians, `offset` px off the centre, that wanders by `bend` every `pitch` px."""
     knots = offset + bend * (canvas.table(int(1.5 * canvas.size / pitch) + 6) * 2 - 1)
     p, q, r, s = knots[:-3], knots[1:-2], knots[2:-1], knots[3:]
     pieces = np.stack([p + 4 * q + r, 3 * (r - p), 3 * (p - 2 * q + r), s - 3 * r + 3 * q - p], axis=1) / 6
@@ -154,7 +155,7 @@ def winding(canvas: Canvas, angle: float, offset: float, *, pitch: float, bend: 
 
 @dataclass(frozen=True)
 class Parcels:
-    """A division of the plane into cells: `id` (h, w) below `count`, `row` (h, w), px from the cell's edges and its extent."""
+    """A division of the plane: of each pixel the cell (`id` < `count`), its row, px from its edges."""
 
     count: int
     id: NDArray[np.intp]
@@ -176,7 +177,7 @@ class Parcels:
 
 
 def parcels(canvas: Canvas, u: Map, v: Map, *, length: Point, depth: Point) -> Parcels:
-    """Cut the plane into rows of a random `depth` (low, high) px across v, and each row into cells of a random `length` along u."""
+    """Cut the plane into rows of random `depth` (low, high) px in v, those into cells of `length` px in u."""
     reach, stride = 1.05 * canvas.size + 60, 1e6
     rows = int(2 * reach / depth[0]) + 2
     cells = int((2 * reach + length[1]) / length[0]) + 2
@@ -200,7 +201,7 @@ def parcels(canvas: Canvas, u: Map, v: Map, *, length: Point, depth: Point) -> P
 
 @dataclass(frozen=True)
 class Roof:
-    """How a building looks: its colour, its shape (`flat`, `gable` or `hip`) and the height of its walls in px."""
+    """How a building looks: colour, shape ("flat", "gable" or "hip") and the height of its walls in px."""
 
     colour: Colour
     shape: str
@@ -208,8 +209,8 @@ class Roof:
 
 
 def build(canvas: Canvas, at: Point, half: Point, heading: Point, roof: Roof, kind: int) -> None:
-    """Put a rectangular building of half sizes `half` px, long side along `heading`, on the canvas and label it `kind`."""
-    reach = math.sqrt(half[0] ** 2 + half[1] ** 2) + 2
+    """Put a rectangular building of half sizes `half` px, the first along `heading`, and label it `kind`."""
+    reach = math.sqrt(half[0] * half[0] + half[1] * half[1]) + 2
     centre = canvas.size / 2
     columns, rows = (slice(max(0, int(centre + p - reach)), max(0, int(centre + p + reach) + 1)) for p in at)
     x, y = canvas.x[:, columns] - at[0], canvas.y[rows] - at[1]
@@ -232,7 +233,7 @@ def build(canvas: Canvas, at: Point, half: Point, heading: Point, roof: Roof, ki
 
 @dataclass(frozen=True)
 class Crowns:
-    """Tree crowns seen from above: `dome` (h, w) in [0, 1], 0 = no tree; `light` towards the sun, `tint` of each tree in [-1, 1]."""
+    """Tree crowns: `dome` in [0, 1], 0 = no tree; `light` and `tint` in [-1, 1]; `rooted` as in `crowns`."""
 
     dome: Map
     light: Map
@@ -241,9 +242,9 @@ class Crowns:
 
 
 def crowns(canvas: Canvas, density: Map, radius: Map, rooted: Mask, pitch: int) -> Crowns:
-    """Plant at most one tree in each cell of `pitch` px; maps (h, w) say the probability and the radius in px at the trunk.
+    """Plant at most one tree a cell of `pitch` px; maps (h, w) give chance and radius (px) at the trunk.
 
-    A tree's radius must not exceed `pitch`. `rooted` of the result tells which crowns stand on the ground `rooted`.
+    The radius must stay below 0.87 `pitch`; `rooted` of the result marks crowns whose trunk is on `rooted`.
     """
     n = -(-canvas.size // pitch)
     jitter = canvas.table(4, n + 2, n + 2)
@@ -270,11 +271,8 @@ def crowns(canvas: Canvas, density: Map, radius: Map, rooted: Mask, pitch: int) 
         np.copyto(light, dx * canvas.sun[0] + dy * canvas.sun[1], where=better)
         np.copyto(tint, tints[block], where=better)
         np.copyto(stands, ground[block], where=better)
-    flat = (
-        part.reshape(n * pitch, n * pitch)[: canvas.size, : canvas.size]
-        for part in (dome, light, tint, stands)
-    )
-    return Crowns(*flat)
+    scene = np.s_[: canvas.size, : canvas.size]
+    return Crowns(*(part.reshape(n * pitch, n * pitch)[scene] for part in (dome, light, tint, stands)))
 
 
 def relief(canvas: Canvas, bumps: Map, strength: float) -> Map:
@@ -285,12 +283,11 @@ def relief(canvas: Canvas, bumps: Map, strength: float) -> Map:
 
 
 def cast_shadows(canvas: Canvas, drop: float) -> Map:
-    """Return how much of each pixel (h, w) lies in the shadow of something higher; light falls `drop` px a px."""
+    """Return how much of each pixel (h, w) something higher shades; light falls by `drop` px a px."""
     reach = int(float(canvas.height.max()) / drop) + 1
-    roof = canvas.height - 0.0
-    occluder = np.zeros_like(roof)
+    occluder = np.zeros_like(canvas.height)
     for step in range(1, min(reach, 24) + 1):
-        above = shifted(roof, round(step * canvas.sun[0]), round(step * canvas.sun[1]))
+        above = shifted(canvas.height, round(step * canvas.sun[0]), round(step * canvas.sun[1]))
         np.maximum(occluder, above - np.float32(step * drop), out=occluder)
     return rise(occluder - canvas.height, 0.1, 1.1)
 
@@ -313,11 +310,9 @@ class Sensor:
 
 def smooth(values: Map, weight: float) -> Map:
     """Return `values` (3, h, w) blurred with the taps (weight, 1 - 2 weight, weight) along both axes."""
-    for axis in (1, 2):
-        padded = np.pad(values, [(0, 0)] + [(int(axis == k), int(axis == k)) for k in (1, 2)], mode="edge")
-        size = values.shape[axis]
-        before, after = (padded.take(range(k, k + size), axis=axis) for k in (0, 2))
-        values = values + np.float32(weight) * (before + after - 2 * values)
+    for dx, dy in ((0, 1), (1, 0)):
+        both = shifted(values, dx, dy) + shifted(values, -dx, -dy)
+        values = values + np.float32(weight) * (both - 2 * values)
     return values
 
 
