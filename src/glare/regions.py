@@ -94,7 +94,7 @@ def _rectangles(start: Tensor, grid: Grid, config: RegionConfig, generator: torc
     low, high = limits.clamp(max=config.min_side), limits.clamp(max=config.max_side)
     draw = torch.rand((*start.shape, 2), generator=generator)
     sides = (low + (draw * (high - low + 1)).floor()).long().to(start.device)  # (b, m, 2) rows, columns
-    rows, columns = grid
+    columns = grid[1]
     corner = torch.stack([start // columns, start % columns], dim=-1)
     if config.anchor == "centre":
         corner = corner - sides // 2

@@ -1,4 +1,4 @@
-"""What trains: a backbone whose adapters learn, and the objective's heads; one module, so that one copy is the teacher."""
+"""What trains: a backbone and the objective's heads, one module, so that one copy of it is the teacher."""
 
 from typing import Self
 
