@@ -89,7 +89,7 @@ def read_yaml(path: str | Path, recipe_class: type[R]) -> dict[str, Any]:
 
 
 def nearest(name: str, candidates: Sequence[str]) -> str:
-    """The candidate most like ``name``: in full, by its part after the last dot, or by the initials of that."""
+    """The candidate most like ``name``: in full, by its part after the last dot, or by its initials."""
 
     def likeness(candidate: str) -> float:
         last = candidate.rsplit(".")[-1]

@@ -1,0 +1,7 @@
+"""``python -m glare`` is the command ``glare``."""
+
+import sys
+
+from glare.cli import main
+
+sys.exit(main())

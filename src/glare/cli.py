@@ -1,0 +1,103 @@
+"""The command ``glare <job> ...``: finds the job and turns a user's mistake into one line."""
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import cast
+
+from glare.errors import UserError
+from glare.recipes import nearest
+
+JOBS = {
+    "demo": ("glare.demo:main", "adapt, fine-tune and compare on the built-in scenes, without a network"),
+    "pretrain": ("glare.pretrain:main", "adapt a self-supervised ViT to unlabelled images"),
+    "finetune": ("glare.finetune:main", "train a segmentation head on labelled images"),
+    "evaluate": ("glare.evaluate:main", "measure a segmentation model on labelled images"),
+    "predict": ("glare.inference:main", "segment images of any size"),
+}
+"""Job -> its entry point, called with the arguments after the job, and what it does."""
+
+USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a job; the exit code is 0, 1 for a failing machine, 2 for a user's mistake, 130 for Ctrl-C."""
+    job, *rest = list(sys.argv[1:] if argv is None else argv) or [""]
+    if job in ("-h", "--help"):
+        print(_help())
+        return 0
+    if job == "--version":
+        print(f"glare {_version()}")
+        return 0
+    if job not in JOBS:
+        return _complain("glare", f"{_unknown(job)}; `glare --help` lists the jobs")
+    return _run(job, rest)
+
+
+def _run(job: str, argv: Sequence[str]) -> int:
+    prog = f"glare {job}"
+    try:
+        _entry_point(job)(argv)
+    except UserError as error:
+        return _complain(prog, str(error))
+    except KeyboardInterrupt:
+        return _complain(prog, "stopped by Ctrl-C", code=INTERRUPTED)
+    except OSError as error:
+        return _complain(prog, _sentence(error), code=FAILURE)
+    return 0
+
+
+def _entry_point(job: str) -> Callable[[Sequence[str]], None]:
+    """The job's function; only here torch is imported for it."""
+    module, _, name = JOBS[job][0].partition(":")
+    return cast(Callable[[Sequence[str]], None], getattr(importlib.import_module(module), name))
+
+
+def _complain(prog: str, message: str, *, code: int = USER_ERROR) -> int:
+    """Print one line on stderr; a message that came in several is joined."""
+    print(f"{prog}: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _sentence(error: OSError) -> str:
+    """What the system says, after the file it is about."""
+    if error.strerror is None:
+        return str(error)
+    return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+
+
+def _unknown(job: str) -> str:
+    if not job:
+        return "no job was given"
+    if job.startswith("-"):
+        return f"the option {job} comes after a job"
+    return f"there is no job {job!r}; the nearest is {nearest(job, list(JOBS))!r}"
+
+
+def _help() -> str:
+    width = max(map(len, JOBS))
+    lines = [f"  {job:{width}}  {text}" for job, (_, text) in JOBS.items()]
+    return "\n".join(
+        [
+            "usage: glare JOB [options] [KEY=VALUE ...]",
+            "",
+            "Adapt self-supervised ViTs to unlabelled images of a new domain, and segment with them.",
+            "",
+            "jobs, each with its own --help:",
+            *lines,
+            "",
+            "--version prints the version, --help this text.",
+        ]
+    )
+
+
+def _version() -> str:
+    try:
+        return version("glare-ssl")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
