@@ -1,0 +1,268 @@
+"""Labelled images: a folder of images, class-index PNGs and classes.json, or generated scenes."""
+
+import colorsys
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from glare.crops import PackedImages
+from glare.data.cache import PixelStore, Reading, check_short_side, packed_images, shrink
+from glare.data.landcover import parse_landcover
+from glare.data.sources import BadImage, Images, image_files, matching
+from glare.errors import UserError
+
+IGNORE_INDEX = 255
+MAX_CLASSES = 255  # a label is one byte, and 255 means ignored
+GOLDEN_RATIO = 0.618034
+LAYOUT = "a labelled folder holds [split/]images/*.jpg, [split/]labels/*.png and classes.json"
+EXAMPLE = '{"classes": ["building", "road"], "ignore_index": 255}'
+GREY_STEPS = {"L;2": 85, "L;4": 17}
+"""Pillow spreads grey PNGs of 2 and 4 bits to 0..255 by these factors."""
+
+Labelled = tuple[Image.Image, NDArray[np.uint8]]
+"""RGB image and class indices (h, w)."""
+
+
+@dataclass(frozen=True)
+class LabelledSet:
+    """Named images with class indices; whatever index a data set ignores, it is 255 here.
+
+    ``palette`` (k, 3) uint8 has a colour for each of the k ``classes``.
+    """
+
+    classes: list[str]
+    palette: NDArray[np.uint8]
+    names: Sequence[str]
+    load: Callable[[int], Labelled]
+    ignore_index: int = IGNORE_INDEX
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def name(self, index: int) -> str:
+        """What image ``index`` is called: its path in the folder of images."""
+        return self.names[index]
+
+    def read(self, index: int) -> Labelled:
+        """Image (RGB, 8 bits) and label (h, w) of the same size, 0..k-1 or 255; BadImage if that is impossible."""
+        return self.load(index)
+
+    def subset(self, indices: Iterable[int]) -> "LabelledSet":
+        """Only the images ``indices``, in that order."""
+        kept = list(indices)
+        return replace(self, names=[self.names[i] for i in kept], load=lambda index: self.load(kept[index]))
+
+
+@dataclass(frozen=True)
+class PackedLabelled:
+    """Decoded images with their labels.
+
+    ``labels`` (total_pixels,) uint8 is packed like ``images.pixels``, 255 is ignored; ``palette`` (k, 3) uint8;
+    ``skipped`` has (name, reason) of the images that could not be used.
+    """
+
+    images: PackedImages
+    labels: Tensor
+    names: list[str]
+    classes: list[str]
+    palette: NDArray[np.uint8]
+    skipped: list[tuple[str, str]]
+
+
+def open_labelled(data: str, *, split: str | None = None, match: str | None = None) -> LabelledSet:
+    """List the labelled images that ``data`` names.
+
+    Args:
+        data: a folder with ``[split/]images``, ``[split/]labels`` (PNGs of class indices, named like the images)
+            and ``classes.json``, or ``landcover:<domain>[:count[:seed]]``.
+        split: sub-folder of ``data``; None takes the images of ``data`` itself, or its only split.
+        match: globs on file stems, comma-separated, a leading ``!`` excludes.
+
+    Raises:
+        UserError: there is no such data or split, it is not laid out like this, or ``match`` selects none.
+    """
+    path = Path(data).expanduser()
+    if data.partition(":")[0] == "landcover" and not path.is_dir():
+        found = _generated(data, split)
+    else:
+        found = _folder(_split_folder(path, split))
+    return found.subset(matching(found.names, match, data=data))
+
+
+def pack_labelled(
+    labelled: LabelledSet,
+    *,
+    short_side: int | None = None,
+    strict: bool = False,
+    workers: int | None = None,
+    progress: bool = False,
+) -> PackedLabelled:
+    """Decode all images and labels; the result does not depend on the number of workers.
+
+    Args:
+        labelled: what to decode.
+        short_side: px to which a longer short side is reduced, images antialiased, labels to the nearest pixel.
+        strict: stop at the first image or label that cannot be used instead of skipping it.
+        workers: decoding threads, by default one per core up to 8.
+        progress: show a progress bar.
+
+    Raises:
+        UserError: a bad image or label if ``strict``, or no good one at all.
+    """
+    check_short_side(short_side)
+    names: list[str] = []
+    sizes: list[tuple[int, int]] = []
+
+    def read(index: int) -> Labelled:
+        image, label = labelled.read(index)
+        image = shrink(image, short_side)
+        return image, np.asarray(Image.fromarray(label).resize(image.size, Image.Resampling.NEAREST))
+
+    def keep(index: int, pair: Labelled) -> None:
+        image, label = pair
+        pixels.append(np.asarray(image))
+        labels.append(label)
+        sizes.append(image.size)
+        names.append(labelled.name(index))
+
+    count = len(labelled)
+    with PixelStore(count, channels=3) as pixels, PixelStore(count, channels=1) as labels:
+        reading = Reading(strict=strict, workers=workers, progress=progress)
+        skipped = reading.run(read, keep, count=count)
+        images = packed_images(pixels, sizes)
+        return PackedLabelled(images, labels.finish(), names, labelled.classes, labelled.palette, skipped)
+
+
+def distinct_colours(count: int) -> NDArray[np.uint8]:
+    """``count`` different colours (count, 3), always the same: hues a golden section apart, four strengths."""
+    strengths = ((0.75, 0.95), (0.45, 0.80), (0.95, 0.60), (0.60, 0.45))
+    colours = [colorsys.hsv_to_rgb(i * GOLDEN_RATIO % 1, *strengths[i % 4]) for i in range(count)]
+    rounded: NDArray[np.uint8] = np.rint(np.array(colours) * 255).astype(np.uint8)
+    return rounded
+
+
+def _generated(data: str, split: str | None) -> LabelledSet:
+    if split is not None:
+        raise UserError(f"{data!r} has no splits, {split!r} was asked for; leave split out and give another seed")
+    scenes = parse_landcover(data)
+    return LabelledSet(
+        classes=list(scenes.classes),
+        palette=np.array(scenes.palette, np.uint8),
+        names=[scenes.name(i) for i in range(len(scenes))],
+        load=scenes.read_labelled,
+    )
+
+
+def _split_folder(data: Path, split: str | None) -> Path:
+    """The folder that holds images and labels."""
+    if not data.is_dir():
+        raise UserError(f"labelled data {str(data)!r} is not a folder; {LAYOUT}")
+    splits = sorted(folder.name for folder in data.iterdir() if (folder / "images").is_dir())
+    if split is not None:
+        if split not in splits:
+            others = f"it has {', '.join(splits)}" if splits else "leave split out"
+            raise UserError(f"labelled data {str(data)!r} has no split {split!r}; {others} ({LAYOUT})")
+        return data / split
+    if (data / "images").is_dir():
+        return data
+    if len(splits) > 1:
+        raise UserError(f"labelled data {str(data)!r} has several splits; choose one of {', '.join(splits)}")
+    if not splits:
+        raise UserError(f"labelled data {str(data)!r} has no folder of images; {LAYOUT}")
+    return data / splits[0]
+
+
+def _folder(folder: Path) -> LabelledSet:
+    files = image_files(folder / "images")
+    if not files:
+        raise UserError(f"folder {str(folder / 'images')!r} holds no images; {LAYOUT}")
+    names = [file.relative_to(folder / "images") for file in files]
+    images = Images([name.as_posix() for name in names], lambda index: Image.open(files[index]))
+    classes, palette, ignore = _read_classes(folder)
+
+    def load(index: int) -> Labelled:
+        image = images.read(index)
+        file = folder / "labels" / names[index].with_suffix(".png")
+        try:
+            return image, _read_label(file, image.size, num_classes=len(classes), ignore=ignore)
+        except ValueError as error:
+            raise BadImage(images.name(index), str(error)) from error
+
+    return LabelledSet(classes, palette, images.names, load)
+
+
+def _read_label(file: Path, size: tuple[int, int], *, num_classes: int, ignore: int) -> NDArray[np.uint8]:
+    """Class indices (h, w) with 255 for ``ignore``; ValueError says what is wrong with the file."""
+    values = _read_indices(file)
+    if values.shape != size[::-1]:
+        raise ValueError(
+            f"its label {file} has {values.shape[1]} x {values.shape[0]} px, the image {size[0]} x {size[1]}; "
+            "give them the same size"
+        )
+    ignored = values == ignore
+    unknown = np.unique(values[~ignored & ((values < 0) | (values >= num_classes))])
+    if unknown.size:
+        listed = ", ".join(map(str, unknown[:8])) + (", ..." if unknown.size > 8 else "")
+        raise ValueError(
+            f"its label {file} has the values {listed}; allowed are 0 to {num_classes - 1} and {ignore} to ignore: "
+            "correct the label, or the classes in classes.json"
+        )
+    return np.where(ignored, IGNORE_INDEX, values).astype(np.uint8)
+
+
+def _read_indices(file: Path) -> NDArray[Any]:
+    """The values of a picture of one channel; of a palette picture, the indices."""
+    if not file.is_file():
+        raise ValueError(f"it has no label {file}; add that file or remove the image")
+    try:
+        with Image.open(file) as label:
+            step = GREY_STEPS.get(str(label.tile[0].args), 1) if label.tile else 1
+            values = np.asarray(label)
+    except Exception as error:  # Pillow's readers let almost any exception out on a broken file
+        raise ValueError(f"its label {file} cannot be read ({error}); write it again as PNG") from error
+    if values.ndim != 2 or values.dtype.kind == "f":
+        raise ValueError(
+            f"its label {file} is a colour picture (mode {label.mode}); "
+            "write a PNG with one channel that holds the class index of every pixel"
+        )
+    return values // step if step > 1 else values.astype(np.int64)
+
+
+def _read_classes(folder: Path) -> tuple[list[str], NDArray[np.uint8], int]:
+    """Class names, palette and ignored value from classes.json in ``folder`` or above it."""
+    file = next((f for f in (folder / "classes.json", folder.parent / "classes.json") if f.is_file()), None)
+    if file is None:
+        raise UserError(f"{str(folder)!r} has no classes.json, nor has the folder above; write one such as {EXAMPLE}")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        classes, ignore = content["classes"], content.get("ignore_index", IGNORE_INDEX)
+        palette = content.get("palette")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{str(file)!r} has no list of classes ({error!r}); write one such as {EXAMPLE}") from error
+    _check_classes(file, classes, ignore)
+    return classes, distinct_colours(len(classes)) if palette is None else _colours(file, palette, len(classes)), ignore
+
+
+def _check_classes(file: Path, classes: Any, ignore: Any) -> None:
+    names = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+    if not names or not 0 < len(set(classes)) == len(classes) <= MAX_CLASSES:
+        raise UserError(f"classes in {str(file)!r} must be 1 to {MAX_CLASSES} different names, such as {EXAMPLE}")
+    if type(ignore) is not int:
+        raise UserError(f"ignore_index in {str(file)!r} is {ignore!r}; give the value that means no class, such as 255")
+
+
+def _colours(file: Path, palette: Any, count: int) -> NDArray[np.uint8]:
+    try:
+        colours = np.array(palette)
+    except ValueError:
+        colours = np.empty(0)
+    if colours.shape != (count, 3) or colours.dtype.kind != "i" or colours.min() < 0 or colours.max() > 255:
+        raise UserError(f"palette in {str(file)!r} must have [red, green, blue] of 0..255 for each of {count} classes")
+    return colours.astype(np.uint8)

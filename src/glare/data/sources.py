@@ -1,0 +1,318 @@
+"""Unlabelled images: folders, the Hub, parquet and tar shards, and the landcover generator, read as 8-bit RGB.
+
+A source is opened by listing names only; an image is decoded when it is read. Whatever the colour mode and bit
+depth of a file, `read` gives RGB with 8 bits, upright; what cannot be read raises `BadImage` with name and reason.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from io import BytesIO
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+import datasets
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from glare.data.landcover import parse_landcover
+from glare.errors import UserError
+
+EXTENSIONS = ("jpg", "jpeg", "png", "bmp", "gif", "webp", "tif", "tiff", "ppm", "pgm", "jp2")
+SHARDS = {"parquet": "parquet", "tar": "webdataset"}
+"""File extension -> the builder of `datasets` that reads it."""
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+BEHIND_TRANSPARENT = (124, 116, 104)  # ImageNet's mean colour: no-data areas normalise to about 0
+DEPTH_LIMITS = (255, 4095, 65535)  # white of 8, 12 and 16 bits
+EXIF_ORIENTATION = 0x0112
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""Exif orientation -> the transposition that undoes it."""
+
+
+class BadImage(Exception):  # noqa: N818 - a fact about a file, skipped more often than raised
+    """An image, or its label, that cannot be used: ``name`` as the source lists it and ``reason``."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(name, reason)
+        self.name, self.reason = name, reason
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
+
+class Source(Protocol):
+    """Named images."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int, /) -> str:
+        """What image ``index`` is called, unique in the source."""
+
+    def read(self, index: int, /) -> Image.Image:
+        """Image ``index`` as RGB with 8 bits; BadImage if that is impossible."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """A Source over images that Pillow opens: ``open_image(index)`` need not decode yet."""
+
+    names: Sequence[str]
+    open_image: Callable[[int], Image.Image]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def name(self, index: int) -> str:
+        """What image ``index`` is called: its path in the folder, or its row."""
+        return self.names[index]
+
+    def read(self, index: int, *, short_side: int | None = None) -> Image.Image:
+        """Image ``index`` as RGB with 8 bits, its short side reduced to ``short_side`` px where it is longer.
+
+        A JPEG that is much too large is decoded at 1/2, 1/4 or 1/8 of its size, but at least twice what is wanted.
+        """
+        try:
+            with self.open_image(index) as image:
+                return _read(image, short_side)
+        except UnidentifiedImageError as error:
+            raise BadImage(self.names[index], "not an image, or of a format that Pillow cannot read") from error
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise BadImage(self.names[index], f"{error} Cut it into tiles") from error
+        except MemoryError:
+            raise
+        except Exception as error:  # Pillow's readers let almost any exception out on a broken file
+            raise BadImage(self.names[index], str(error) or type(error).__name__) from error
+
+    def subset(self, indices: Iterable[int]) -> "Images":
+        """Only the images ``indices``, in that order."""
+        kept = list(indices)
+        return Images([self.names[i] for i in kept], lambda index: self.open_image(kept[index]))
+
+
+def open_source(data: str, *, match: str | None = None) -> Images:
+    """List the images that ``data`` names.
+
+    Args:
+        data: a folder (of any depth; of one with ``images`` and ``labels`` side by side only ``images``), an
+            image, a parquet file or tar shard or a folder of them, a data set of the Hub as ``owner/name`` (its
+            ``train`` split, or the largest if there is none), or ``landcover:<domain>[:count[:seed]]``.
+        match: globs on file stems, comma-separated, a leading ``!`` excludes: ``tile[134]_*,!tile1_003``.
+
+    Raises:
+        UserError: there is no such data, it holds no images, or ``match`` selects none.
+    """
+    path = Path(data).expanduser()
+    if path.is_dir():
+        images = _open_folder(path)
+    elif path.is_file():
+        images = _open_file(path)
+    elif data.partition(":")[0] == "landcover":
+        scenes = parse_landcover(data)
+        images = Images([scenes.name(i) for i in range(len(scenes))], scenes.read)
+    elif HUB_ID.fullmatch(data):
+        images = _open_table(data, data)
+    else:
+        raise UserError(
+            f"data {data!r} is neither an existing path nor a Hub id (owner/name) nor landcover:<domain>; "
+            "check the spelling, or give a folder of images"
+        )
+    return images.subset(matching(images.names, match, data=data))
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The image files below ``folder`` in natural order of their relative paths; each linked folder once.
+
+    Hidden files and folders are left out, and in a folder with ``images`` and ``labels`` all but ``images``.
+    """
+    found: list[Path] = []
+    seen: set[Path] = set()
+    for here, folders, files in os.walk(folder, followlinks=True, onerror=_refuse):
+        real = Path(here).resolve()
+        known = real in seen
+        seen.add(real)
+        folders[:] = [] if known else sorted(name for name in folders if _visible(name))
+        if known or {"images", "labels"} <= set(folders):
+            folders[:] = ["images"] * (not known)
+            continue
+        found += [Path(here, name) for name in files if _visible(name) and _extension(name) in EXTENSIONS]
+    return sorted(found, key=lambda file: natural(file.relative_to(folder).as_posix()))
+
+
+def natural(name: str) -> tuple[list[str | int], str]:
+    """Sort key that puts tile2 before tile10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)], name
+
+
+def matching(names: Sequence[str], match: str | None, *, data: str) -> list[int]:
+    """Indices of the names whose stem fits ``match`` (see `open_source`); UserError if none does."""
+    patterns = [pattern for part in (match or "").split(",") if (pattern := part.strip())]
+    wanted = [pattern for pattern in patterns if not pattern.startswith("!")]
+    unwanted = [pattern[1:] for pattern in patterns if pattern.startswith("!")]
+
+    def fits(stem: str) -> bool:
+        included = not wanted or any(fnmatchcase(stem, pattern) for pattern in wanted)
+        return included and not any(fnmatchcase(stem, pattern) for pattern in unwanted)
+
+    kept = [index for index, name in enumerate(names) if fits(PurePosixPath(name).stem)]
+    if not kept:
+        raise UserError(
+            f"match {match!r} selects none of the {len(names)} images of {data!r}; "
+            f"give comma-separated globs on file stems such as {PurePosixPath(names[0]).stem!r}"
+        )
+    return kept
+
+
+def fit(size: tuple[int, int], short_side: int | None) -> tuple[int, int]:
+    """(width, height) in px after reducing the short side to ``short_side``; never larger than ``size``."""
+    if short_side is None or min(size) <= short_side:
+        return size
+    width, height = (round(side * short_side / min(size)) for side in size)
+    return width, height
+
+
+def to_rgb8(image: Image.Image) -> Image.Image:
+    """The first frame of any image as RGB with 8 bits, turned upright as its Exif orientation says.
+
+    Transparent parts are laid over ImageNet's mean colour, so that no-data areas normalise to about 0.
+
+    Values of more than 8 bits are scaled by the depth that the image uses: up to 255 as they are, up to 4095 as 12
+    bits, up to 65535 as 16 bits; floating-point values up to 1 from 0..1, larger ones likewise. An image outside
+    all of these (negative values too) is stretched from its least to its greatest value; NaN and infinity are
+    black.
+    """
+    rgb = _to_rgb(image)
+    return _upright(rgb, image)
+
+
+def _read(image: Image.Image, short_side: int | None) -> Image.Image:
+    width, height = fit(image.size, short_side)
+    if (width, height) != image.size:
+        image.draft("RGB", (2 * width, 2 * height))
+    rgb = _to_rgb(image)
+    if 0 in rgb.size:
+        raise ValueError("it has no pixels")
+    if rgb.size != (width, height):
+        rgb = rgb.resize((width, height), Image.Resampling.BICUBIC)
+    return _upright(rgb, image)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    image.load()
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return Image.fromarray(_scale_to_8_bit(np.asarray(image))).convert("RGB")
+    if image.has_transparency_data:
+        opaque = Image.new("RGBA", image.size, BEHIND_TRANSPARENT)
+        solid = image.convert("LA") if image.mode == "La" else image
+        return Image.alpha_composite(opaque, solid.convert("RGBA")).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _scale_to_8_bit(values: NDArray[Any]) -> NDArray[np.uint8]:
+    """Grey values (h, w) of any range as 8 bits, by the rules of `to_rgb8`."""
+    finite = np.isfinite(values)
+    grey = np.where(finite, values, 0).astype(np.float64)
+    low, high = (float(edge(grey, where=finite, initial=0)) for edge in (np.min, np.max))
+    limits = DEPTH_LIMITS if np.issubdtype(values.dtype, np.integer) else (1, *DEPTH_LIMITS)
+    white: float | None = next((limit for limit in limits if high <= limit), None)
+    if low < 0 or white is None:
+        low = float(np.min(grey, where=finite, initial=high))
+        grey, white = np.where(finite, grey - low, 0), max(high - low, 1e-300)
+    return np.rint(grey / white * 255).astype(np.uint8)
+
+
+def _upright(rgb: Image.Image, original: Image.Image) -> Image.Image:
+    """Undo the orientation that ``original`` declares, asked after loading, when a TIFF has undone its own."""
+    try:
+        orientation = original.getexif().get(EXIF_ORIENTATION, 1)
+    except Exception:  # broken metadata, which Pillow reports in many ways, does not spoil the pixels
+        return rgb
+    return rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb
+
+
+def _open_folder(folder: Path) -> Images:
+    if files := image_files(folder):
+        names = [file.relative_to(folder).as_posix() for file in files]
+        return Images(names, lambda index: Image.open(files[index]))
+    for extension, builder in SHARDS.items():
+        if next(folder.rglob(f"*.{extension}"), None):
+            return _open_table(str(folder), builder, data_dir=str(folder))
+    raise UserError(
+        f"folder {str(folder)!r} holds no images ({', '.join(EXTENSIONS)}) and no parquet or tar files; "
+        "give a folder that does"
+    )
+
+
+def _open_file(file: Path) -> Images:
+    extension = _extension(file.name)
+    if extension in SHARDS:
+        return _open_table(str(file), SHARDS[extension], data_files=str(file))
+    if extension in EXTENSIONS:
+        return Images([file.name], lambda _: Image.open(file))
+    allowed = ", ".join((*EXTENSIONS, *SHARDS))
+    raise UserError(f"file {str(file)!r} is no image by its name; give a file named {allowed}, or a folder")
+
+
+def _open_table(data: str, builder: str, **files: str) -> Images:
+    """The images of a table that `datasets` loads: the train split, or the largest one."""
+    try:
+        splits = datasets.load_dataset(builder, **files)
+    except Exception as error:  # no connection, no such data set, several configurations, a broken file, ...
+        fault = "cannot be read" if files else "is neither an existing path nor a loadable Hub data set"
+        raise UserError(
+            f"data {data!r} {fault} ({_first_line(error)}); check the spelling and the connection"
+        ) from error
+    rows = splits["train"] if "train" in splits else max(splits.values(), key=len)
+    column = _image_column(rows.features, data=data)
+    if isinstance(rows.features[column], datasets.Image):
+        rows = rows.cast_column(column, datasets.Image(decode=False))
+    rows = rows.select_columns([column])
+
+    def open_image(index: int) -> Image.Image:
+        cell = rows[index][column]
+        if cell is None:
+            raise ValueError("the row has no image")
+        return Image.open(cell["path"] if cell["bytes"] is None else BytesIO(cell["bytes"]))
+
+    return Images([f"{index:06d}" for index in range(len(rows))], open_image)
+
+
+def _image_column(features: Any, *, data: str) -> str:
+    """The column of images: the one called image, or the first one of that type."""
+    columns: list[str] = [
+        name
+        for name, feature in features.items()
+        if isinstance(feature, datasets.Image) or (isinstance(feature, dict) and feature.keys() == {"bytes", "path"})
+    ]
+    if not columns:
+        raise UserError(
+            f"data {data!r} has no column of images, only {', '.join(features)}; give a data set with an Image column"
+        )
+    return "image" if "image" in columns else columns[0]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _refuse(error: OSError) -> None:
+    raise UserError(f"folder {error.filename!r} cannot be listed ({error.strerror}); make it readable or move it away")
+
+
+def _extension(name: str) -> str:
+    return name.rpartition(".")[2].lower()
+
+
+def _visible(name: str) -> bool:
+    return not name.startswith(".")
