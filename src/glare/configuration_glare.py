@@ -1,5 +1,6 @@
 """Configuration of GLARE models: a nested ViT, its adapters and a segmentation head."""
 
+import enum
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -29,9 +30,9 @@ def _plain(value: Any) -> Any:
     """Reduce the fields of a PEFT configuration to what JSON holds, in an order that does not vary."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, set | frozenset):
+    if isinstance(value, set):
         return sorted(value)
-    return str(value) if isinstance(value, str) else value
+    return value.value if isinstance(value, enum.Enum) else value
 
 
 class GlareConfig(BackboneConfigMixin, PreTrainedConfig):

@@ -24,7 +24,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import can_return_tuple
 
 from .configuration_glare import GlareConfig
-from .segmentation_heads import HEADS, FPNHead, LinearHead
+from .segmentation_heads import HEADS, Classifier
 from .uniadapter import vit_blocks
 
 __all__ = [
@@ -49,9 +49,7 @@ def final_norm(model: nn.Module) -> nn.LayerNorm:
             for child in module.children():
                 if isinstance(child, nn.LayerNorm):
                     return child
-    raise ValueError(
-        f"{type(model).__name__} has no layer norm after its blocks; pass a ViT, DeiT, DINOv2 or DINOv3."
-    )
+    raise ValueError(f"{type(model).__name__} has no layer norm after its blocks; pass a ViT, DeiT, DINOv2 or DINOv3.")
 
 
 class GlarePreTrainedModel(PreTrainedModel):
@@ -69,15 +67,20 @@ class GlarePreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        # called for every module with parameters of its own that the ViT has not initialised
         super()._init_weights(module)
-        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+        if isinstance(module, Classifier):
+            init.normal_(module.weight, std=0.01)
+        elif isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
             init.xavier_uniform_(module.weight)
-        elif isinstance(module, LinearHead | FPNHead):
-            init.normal_(module.classifier.weight, std=0.01)
 
 
 class GlareModel(GlarePreTrainedModel):
-    """A ViT with adapters; `backbone` is the model of transformers with the adapters injected."""
+    """A ViT with adapters; `backbone` is the model of transformers with the adapters injected.
+
+    Made by `from_backbone`, only its adapters require gradients, as in PEFT; made by `from_pretrained`, all
+    weights do, as in transformers.
+    """
 
     _auto_class = "AutoModel"
     # a segmentation checkpoint may be opened without its head
@@ -94,9 +97,7 @@ class GlareModel(GlarePreTrainedModel):
         self.backbone = backbone
         self._interpolates = "interpolate_pos_encoding" in inspect.signature(backbone.forward).parameters
         if config.adapter_config is not None:
-            inject_adapter_in_model(
-                PeftConfig.from_peft_type(**config.adapter_config), backbone, ADAPTER_NAME
-            )
+            inject_adapter_in_model(PeftConfig.from_peft_type(**config.adapter_config), backbone, ADAPTER_NAME)
             backbone._hf_peft_config_loaded = True
         if not any(parameter.is_meta for parameter in backbone.parameters()):
             # the ViT and PEFT have initialised these; transformers would do it again, in its own way
@@ -187,9 +188,7 @@ class GlareModel(GlarePreTrainedModel):
         Raises ValueError if the model has no adapters.
         """
         if self.config.adapter_config is None:
-            raise ValueError(
-                "This model has no adapters to save: all its weights were trained; use save_pretrained()."
-            )
+            raise ValueError("This model has no adapters to save: all its weights were trained; use save_pretrained().")
         peft_config = self.backbone.peft_config[ADAPTER_NAME]
         # PEFT asks the Hub about a base model that it knows of, so it learns of it after the weights
         peft_config.base_model_name_or_path = None

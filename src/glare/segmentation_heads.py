@@ -15,13 +15,20 @@ from torch import nn
 from .configuration_glare import GlareConfig
 
 
+class Classifier(nn.Conv2d):
+    """A 1x1 convolution to the logits of the classes; a class of its own, for its initial weights."""
+
+    def __init__(self, in_channels: int, num_labels: int) -> None:
+        super().__init__(in_channels, num_labels, kernel_size=1)
+
+
 class LinearHead(nn.Module):
     """Dropout and a 1x1 convolution on the last map it is given."""
 
     def __init__(self, config: GlareConfig) -> None:
         super().__init__()
         self.dropout = nn.Dropout2d(config.head_dropout)
-        self.classifier = nn.Conv2d(config.hidden_size, config.num_labels, kernel_size=1)
+        self.classifier = Classifier(config.hidden_size, config.num_labels)
 
     def forward(self, maps: Sequence[torch.Tensor]) -> torch.Tensor:
         """Map [..., (b, d, h, w)] to logits (b, classes, h, w)."""
@@ -55,9 +62,7 @@ class FeaturePyramid(nn.Module):
     def __init__(self, in_channels: int, channels: int, levels: int) -> None:
         super().__init__()
         self.lateral = nn.ModuleList(nn.Conv2d(in_channels, channels, kernel_size=1) for _ in range(levels))
-        self.output = nn.ModuleList(
-            nn.Conv2d(channels, channels, kernel_size=3, padding=1) for _ in range(levels)
-        )
+        self.output = nn.ModuleList(nn.Conv2d(channels, channels, kernel_size=3, padding=1) for _ in range(levels))
 
     def forward(self, maps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Map levels x (b, d, h_i, w_i) to levels x (b, channels, h_i, w_i)."""
@@ -96,7 +101,7 @@ class FPNHead(nn.Module):
             _scale_head(config.fpn_channels, config.head_channels, level) for level in range(levels)
         )
         self.dropout = nn.Dropout2d(config.head_dropout)
-        self.classifier = nn.Conv2d(config.head_channels, config.num_labels, kernel_size=1)
+        self.classifier = Classifier(config.head_channels, config.num_labels)
 
     def forward(self, maps: Sequence[torch.Tensor]) -> torch.Tensor:
         """Map levels x (b, d, h, w) to logits (b, classes, h, w); 4h x 4w with the pyramid."""
