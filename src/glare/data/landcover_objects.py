@@ -187,9 +187,7 @@ def farmstead(c: Canvas, site: Site, along: float, roofs: tuple[Colour, ...]) ->
             build(c, at, half, turn, Roof(colour, "flat" if hall else "gable", 5.0), BUILDING)
 
 
-def plant(
-    c: Canvas, density: Map, radius: Map, *, leaves: tuple[Colour, Colour], pitch: int, tall: float
-) -> None:
+def plant(c: Canvas, density: Map, radius: Map, *, leaves: tuple[Colour, Colour], pitch: int, tall: float) -> None:
     """Grow trees of `tall` px; what those cover that stand on forest ground is labelled forest."""
     open_ground = (c.label != BUILDING) & (c.label != ROAD) & (c.label != WATER)
     trees = crowns(c, density * open_ground, radius, c.label == FOREST, pitch)
