@@ -78,8 +78,12 @@ def encode(
         hidden = block(hidden, packing=packing, **rotary)
     split = final_norm(model)(hidden).squeeze(0).split([images * tokens for images, tokens in packing.groups])
     return [
-        _features(rows, group, patches=_num_patches(model, group), attention=packing.attention if n == 0 else None)
-        for n, (rows, group) in enumerate(zip(split, views, strict=True))
+        _features(
+            rows.view(*group.shape[:2], tokens, rows.shape[-1]),
+            patches=_num_patches(model, group),
+            attention=packing.attention if n == 0 else None,
+        )
+        for n, (rows, group, (_, tokens)) in enumerate(zip(split, views, packing.groups, strict=True))
     ]
 
 
@@ -88,11 +92,10 @@ def use_packed_attention(model: PreTrainedModel) -> None:
     model.set_attn_implementation(ATTENTION)
 
 
-def _features(rows: Tensor, group: Tensor, *, patches: int, attention: Tensor | None) -> Features:
-    views, images = group.shape[:2]
-    tokens = rows.view(views, images, -1, rows.shape[-1]) if len(group) else rows.view(0, images, patches + 1, -1)
+def _features(tokens: Tensor, *, patches: int, attention: Tensor | None) -> Features:
+    """``tokens`` (v, b, prefix + patches, d), ``attention`` (v * b, heads, prefix + patches)."""
     if attention is not None:
-        attention = attention[..., -patches:].unflatten(0, (views, images))
+        attention = attention[..., -patches:].unflatten(0, tokens.shape[:2])
     return Features(cls=tokens[:, :, 0], patches=tokens[:, :, -patches:], attention=attention)
 
 
