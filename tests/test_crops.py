@@ -10,9 +10,7 @@ from glare import crops
 from glare.crops import PackedImages, cut, cut_labels, subset
 from glare.geometry import Crop, random_resized_crops
 
-PILLOW_TOLERANCE = (
-    2 / 255
-)  # what is promised; rounding between Pillow's two passes costs about a seventh of it
+PILLOW_TOLERANCE = 2 / 255  # what is promised; rounding between Pillow's two passes costs about a seventh of it
 
 
 def smooth_image(width: int, height: int, seed: int) -> np.ndarray:
@@ -32,9 +30,7 @@ def pillow(image: np.ndarray, box: Box, size: tuple[int, int]) -> torch.Tensor:
 
 
 def one(image: np.ndarray, box: Box, size: tuple[int, int]) -> torch.Tensor:
-    return cut(
-        packed([image]), torch.tensor([0]), crop_of([box], [(image.shape[1], image.shape[0])]), size=size
-    )[0]
+    return cut(packed([image]), torch.tensor([0]), crop_of([box], [(image.shape[1], image.shape[0])]), size=size)[0]
 
 
 CASES = [
@@ -75,15 +71,11 @@ def test_random_crops_of_many_images_are_pillows():
     result = cut(pack, index, crop, size=(48, 48))
     for row, image_number in enumerate(index.tolist()):
         width, height = sizes[image_number]
-        edges = torch.stack([crop.offset[row], crop.offset[row] + crop.scale[row]]) * torch.tensor(
-            [width, height]
-        )
+        edges = torch.stack([crop.offset[row], crop.offset[row] + crop.scale[row]]) * torch.tensor([width, height])
         left, top = edges.amin(0).round().int().tolist()
         right, bottom = edges.amax(0).round().int().tolist()
         box = Box(left, top, right - left, bottom - top, bool(crop.scale[row, 0] < 0))
-        assert (
-            result[row] - pillow(images[image_number], box, (48, 48))
-        ).abs().mean() <= PILLOW_TOLERANCE / 4
+        assert (result[row] - pillow(images[image_number], box, (48, 48))).abs().mean() <= PILLOW_TOLERANCE / 4
 
 
 @pytest.mark.parametrize(
@@ -121,12 +113,7 @@ def test_outside_the_image_is_black(box: Box, size: tuple[int, int], flip: bool)
     expected = torch.from_numpy(crop_and_resize(image, box, size)).permute(2, 0, 1).float()
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     white = torch.full((20 * 16,), 255, dtype=torch.uint8)
-    inside = (
-        cut_labels(white, packed([image]), torch.tensor([0]), crop_of([box], [(20, 16)]), size=size, fill=0)[
-            0
-        ]
-        > 0
-    )
+    inside = cut_labels(white, packed([image]), torch.tensor([0]), crop_of([box], [(20, 16)]), size=size, fill=0)[0] > 0
     assert not found[:, ~inside].any()
     assert (found[:, inside] > 0.2).all(), "no dark rim: the image has no pixel below 100"
 
@@ -178,9 +165,7 @@ def test_labels_are_looked_up_pixel_by_pixel(box: Box, size: tuple[int, int], fi
     labels = [rng.integers(0, 6, (16, 20), dtype=np.uint8) for _ in range(2)]
     images = packed([np.zeros((16, 20, 3), dtype=np.uint8)] * 2)
     flat = torch.from_numpy(np.concatenate([label.ravel() for label in labels]))
-    result = cut_labels(
-        flat, images, torch.tensor([1, 0]), crop_of([box] * 2, [(20, 16)] * 2), size=size, fill=fill
-    )
+    result = cut_labels(flat, images, torch.tensor([1, 0]), crop_of([box] * 2, [(20, 16)] * 2), size=size, fill=fill)
     assert result.dtype == torch.uint8
     for found, number in zip(result, (1, 0), strict=True):
         assert np.array_equal(found.numpy(), crop_labels(labels[number], box, size, fill))
@@ -192,9 +177,7 @@ def test_pictures_and_labels_of_one_crop_agree():
     image = np.where(mask[..., None], 255, 0).astype(np.uint8).repeat(3, axis=2)
     pack, box = packed([image]), crop_of([Box(13, 7, 60, 45, True)], [(80, 60)])
     picture = cut(pack, torch.tensor([0]), box, size=(90, 120))[0, 0]
-    label = cut_labels(
-        torch.from_numpy(mask.astype(np.uint8).ravel()), pack, torch.tensor([0]), box, size=(90, 120)
-    )[0]
+    label = cut_labels(torch.from_numpy(mask.astype(np.uint8).ravel()), pack, torch.tensor([0]), box, size=(90, 120))[0]
     clear = (picture < 0.05) | (picture > 0.95)
     assert clear.float().mean() > 0.6
     assert torch.equal((picture > 0.5)[clear], label.bool()[clear])

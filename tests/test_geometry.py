@@ -38,9 +38,7 @@ def as_list(index: Tensor, valid: Tensor) -> list[int | None]:
 def test_points_go_to_the_source_and_back():
     crop = crops_of([Box(60, 45, 120, 90, flip=False), Box(60, 45, 120, 90, flip=True)])
     points = torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.25, 0.5]])
-    expected = torch.tensor(
-        [[[0.25, 0.25], [0.75, 0.75], [0.375, 0.5]], [[0.75, 0.25], [0.25, 0.75], [0.625, 0.5]]]
-    )
+    expected = torch.tensor([[[0.25, 0.25], [0.75, 0.75], [0.375, 0.5]], [[0.75, 0.25], [0.25, 0.75], [0.625, 0.5]]])
     torch.testing.assert_close(crop.to_source(points), expected)
     torch.testing.assert_close(crop.to_view(crop.to_source(points)), points.expand(2, 3, 2))
 
@@ -169,9 +167,7 @@ def test_coordinate_image():
         half = torch.tensor([(box.width / grid[1] / 2, box.height / grid[0] / 2) for box in boxes[b]])
         apart = (places[a] - other).abs() / half.unsqueeze(1)
         assert valid.sum() > 300
-        assert apart[valid].max() < 1.1, (
-            "half a patch of the teacher's view, and the rounding of the pictures"
-        )
+        assert apart[valid].max() < 1.1, "half a patch of the teacher's view, and the rounding of the pictures"
 
 
 # Sampling of crops
@@ -220,9 +216,7 @@ def test_crops_follow_torchvisions_rule_in_distribution():
         [random_resized_crop(*size, area=area, ratio=(3 / 4, 4 / 3), draw=draw) for _ in range(count)]
     ).float()
     all_sizes = sizes(size, repeat=count)
-    low, high = in_px(
-        random_resized_crops(all_sizes, area=area, flip_prob=0.5, generator=generator(1)), all_sizes
-    )
+    low, high = in_px(random_resized_crops(all_sizes, area=area, flip_prob=0.5, generator=generator(1)), all_sizes)
     ours = torch.cat([low, high - low], dim=1)
     levels = torch.linspace(0.05, 0.95, 10)
     spread = torch.tensor([300.0, 140.0, 300.0, 140.0])
@@ -244,9 +238,7 @@ def test_an_extreme_image_gives_its_largest_central_window(size: tuple[int, int]
 
 
 def test_a_one_pixel_image_has_crops_of_any_area():
-    crop = random_resized_crops(
-        sizes((1, 1), repeat=20), area=(0.05, 0.25), flip_prob=0.0, generator=generator()
-    )
+    crop = random_resized_crops(sizes((1, 1), repeat=20), area=(0.05, 0.25), flip_prob=0.0, generator=generator())
     assert torch.equal(crop.offset, torch.zeros(20, 2)) and torch.equal(crop.scale, torch.ones(20, 2))
 
 

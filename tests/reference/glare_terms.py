@@ -1,7 +1,7 @@
 """The equations of paper section 4, one view, image, patch and attention head at a time, in float64.
 
-Parameters come as state dicts with the names of DINO's projection head and UDI's region attention. A region is
-a plain list of patch numbers; correspondence is a list with None where a patch has no counterpart.
+Parameters come as state dicts with the names of DINO's projection head and UDI's region attention. A region
+is a plain list of patch numbers; correspondence is a list with None where a patch has no counterpart.
 """
 
 import math
@@ -86,7 +86,7 @@ def global_term(
     centre: Tensor,
     temperature: float,
 ) -> float:
-    """L_glob, eq. 4 over pairs of views. ``views``: [CLS] (b, d) of each student view; ``targets`` (2, b, d)."""
+    """L_glob, eq. 4. ``views``: [CLS] (b, d) of each student view; ``targets`` (2, b, d)."""
     terms = []
     for q in range(2):
         for v, view in enumerate(views):

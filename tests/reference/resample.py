@@ -41,12 +41,8 @@ def crop_and_resize(image: np.ndarray, box: Box, size: tuple[int, int]) -> np.nd
     height, width = size
     result = np.zeros((height, width, 3))
     for channel in range(3):
-        lines = [
-            resample_line(list(map(float, row)), box.left, box.width, width) for row in image[..., channel]
-        ]
-        columns = [
-            resample_line([row[x] for row in lines], box.top, box.height, height) for x in range(width)
-        ]
+        lines = [resample_line(list(map(float, row)), box.left, box.width, width) for row in image[..., channel]]
+        columns = [resample_line([row[x] for row in lines], box.top, box.height, height) for x in range(width)]
         for x, column in enumerate(columns):
             for y, value in enumerate(column):
                 result[y, width - 1 - x if box.flip else x, channel] = value / 255
