@@ -1,0 +1,193 @@
+"""``glare evaluate``: mIoU, accuracies and per-class IoU of a model on labelled images, at their native size."""
+
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from glare import recipes
+from glare.data.labelled import LabelledSet, open_labelled
+from glare.data.sources import BadImage
+from glare.errors import UserError
+from glare.inference import DEFAULT_TILING, Tiling, class_names, load_segmenter, logits
+from glare.metrics import SegmentationScores, confusion_matrix
+from glare.recipes import option, required
+from glare.run_folder import atomic_write_json
+from glare.runtime import DEVICES, PRECISIONS, make_accelerator, versions
+from glare.views import Normalisation
+from glare.yaml_files import read_mapping
+
+PASS_PIXELS = 8 * 512 * 512  # of the images that are segmented together
+READERS = 4  # threads that decode ahead
+
+Labelled = tuple[NDArray[np.uint8], NDArray[np.uint8]]
+"""Pixels (h, w, 3) and class indices (h, w)."""
+
+
+@dataclass(frozen=True)
+class EvaluateRecipe:
+    """Measure a segmentation model on labelled images."""
+
+    model: str = required(help="run folder of glare finetune, its model folder, or a Hub id")
+    data: str = required(help="labelled folder, or landcover:<domain>[:count[:seed]]")
+    split: str | None = option(None, "sub-folder of the data; val where there is one")
+    match: str | None = option(None, "globs on file stems, comma-separated, ! excludes")
+    json: Path | None = option(None, "file to write the scores to")
+    window: int | None = option(None, "side in px of sliding windows; by default only above 1536 px, of 1024 px")
+    stride: int | None = option(None, "distance of sliding windows in px; two thirds of the window by default")
+    strict: bool = option(False, "stop at the first unreadable image instead of skipping it")
+    device: str = option("auto", "where to run", choices=DEVICES)
+    precision: str = option("auto", "auto: bf16 where the processor has it", choices=PRECISIONS)
+
+    def __post_init__(self) -> None:
+        Tiling(self.window, self.stride)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Entry point of ``glare evaluate``."""
+    run(recipes.parse(EvaluateRecipe, argv, prog="glare evaluate"))
+
+
+def run(recipe: EvaluateRecipe) -> SegmentationScores:
+    """Evaluate, print the scores and write them where the recipe says."""
+    accelerator = make_accelerator(device=recipe.device, precision=recipe.precision, report_to="none", output=Path())
+    model, normalise = load_segmenter(recipe.model, device=accelerator.device)
+    split = recipe.split or default_split(recipe.data, "val")
+    data = open_labelled(recipe.data, split=split, match=recipe.match)
+    check_classes(class_names(model), data.classes, model=recipe.model, data=recipe.data)
+    tiling = Tiling(recipe.window, recipe.stride)
+    with accelerator.autocast():
+        scores, skipped = evaluate(model, data, normalise=normalise, tiling=tiling, strict=recipe.strict)
+    num_images = len(data) - len(skipped)
+    print(table(scores, num_images=num_images, skipped=skipped))
+    if recipe.json is not None:
+        about = {"data": recipe.data, "split": split, "match": recipe.match, "model": recipe.model}
+        entry = describe(scores, num_images=num_images, seed=training_seed(recipe.model), about=about)
+        atomic_write_json(recipe.json, entry)
+    return scores
+
+
+def default_split(data: str, name: str) -> str | None:
+    """``name`` if the labelled folder has a split of this name, else None."""
+    return name if (Path(data).expanduser() / name / "images").is_dir() else None
+
+
+def evaluate(
+    model: PreTrainedModel,
+    data: LabelledSet,
+    *,
+    normalise: Normalisation,
+    tiling: Tiling = DEFAULT_TILING,
+    strict: bool = False,
+) -> tuple[SegmentationScores, list[tuple[str, str]]]:
+    """Scores of a model in evaluation mode on all images, and (name, reason) of those that could not be read."""
+    matrix, skipped = confusion(model, data, range(len(data)), normalise=normalise, tiling=tiling, strict=strict)
+    return SegmentationScores.from_confusion(matrix, data.classes), skipped
+
+
+def confusion(
+    model: PreTrainedModel,
+    data: LabelledSet,
+    indices: Sequence[int],
+    *,
+    normalise: Normalisation,
+    tiling: Tiling = DEFAULT_TILING,
+    strict: bool = False,
+) -> tuple[Tensor, list[tuple[str, str]]]:
+    """Confusion matrix (classes, classes) int64 of the images ``indices``, and those that could not be read."""
+    num_classes = len(data.classes)
+    total = torch.zeros((num_classes, num_classes), dtype=torch.int64)
+    skipped: list[tuple[str, str]] = []
+    bar = tqdm(total=len(indices), desc="evaluate", unit="image", disable=None, leave=False)
+    for group in _equal_sizes(read_ahead(data, indices, skipped=skipped, strict=strict)):
+        pixels, labels = (torch.from_numpy(np.stack(part)) for part in zip(*group, strict=True))
+        found = logits(model, pixels, normalise=normalise, tiling=tiling).argmax(dim=1)
+        total += confusion_matrix(found.cpu(), labels, num_classes=num_classes, ignore_index=data.ignore_index)
+        bar.update(len(group))
+    bar.close()
+    return total, skipped
+
+
+def read_ahead(
+    data: LabelledSet, indices: Iterable[int], *, skipped: list[tuple[str, str]], strict: bool
+) -> Iterator[Labelled]:
+    """Images and labels in order, decoded by threads; bad ones are added to ``skipped``, or raise if ``strict``."""
+
+    def read(index: int) -> Labelled:
+        image, label = data.read(index)
+        return np.asarray(image), label
+
+    def settle(future: Future[Labelled]) -> Iterator[Labelled]:
+        try:
+            yield future.result()
+        except BadImage as bad:
+            if strict:
+                raise UserError(f"{bad}; repair or remove it, or leave --strict out to skip it") from None
+            skipped.append((bad.name, bad.reason))
+
+    waiting: deque[Future[Labelled]] = deque()
+    with ThreadPoolExecutor(READERS) as pool:
+        for index in indices:
+            waiting.append(pool.submit(read, index))
+            if len(waiting) > 2 * READERS:
+                yield from settle(waiting.popleft())
+        while waiting:
+            yield from settle(waiting.popleft())
+
+
+def _equal_sizes(items: Iterable[Labelled]) -> Iterator[list[Labelled]]:
+    """Runs of images of one size, as many as are segmented together."""
+    for (height, width), run in groupby(items, key=lambda item: item[1].shape):
+        limit = max(1, PASS_PIXELS // (height * width))
+        while group := list(islice(run, limit)):
+            yield group
+
+
+def check_classes(ours: Sequence[str], theirs: Sequence[str], *, model: str, data: str) -> None:
+    """Raise UserError unless model and data have the same classes in the same order."""
+    if list(ours) != list(theirs):
+        raise UserError(
+            f"the classes differ: model {model!r} has {', '.join(ours)}; data {data!r} has {', '.join(theirs)}; "
+            "give data with the classes the model was fine-tuned on, in the same order"
+        )
+
+
+def table(scores: SegmentationScores, *, num_images: int, skipped: Sequence[tuple[str, str]] = ()) -> str:
+    """The scores for people, in percent; ``-`` for a class that does not occur."""
+    width = max(len("class"), *(len(name) for name in scores.iou))
+    lines = [f"{'class':<{width}}    IoU"]
+    lines += [f"{name:<{width}}  {_percent(value):>5}" for name, value in scores.iou.items()]
+    means = (("mIoU", scores.miou), ("aAcc", scores.aacc), ("mAcc", scores.macc))
+    lines.append("  ".join(f"{name} {_percent(value)}" for name, value in means) + f"  ({num_images} images)")
+    lines += [f"skipped {name}: {reason}" for name, reason in skipped]
+    return "\n".join(lines)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None or math.isnan(value) else f"{100 * value:.1f}"
+
+
+def describe(
+    scores: SegmentationScores, *, num_images: int, seed: int | None, about: Mapping[str, str | None]
+) -> dict[str, Any]:
+    """What ``eval.json`` holds; ``about`` says which data and model the scores are of."""
+    return {**scores.to_dict(), "num_images": num_images, **about, "seed": seed, "versions": versions()}
+
+
+def training_seed(model: str) -> int | None:
+    """The seed in the recipe of the run that wrote ``model``, where it lies in its run folder."""
+    recipes_near = (folder / "recipe.yaml" for folder in (Path(model), Path(model).parent))
+    found = next((file for file in recipes_near if file.is_file()), None)
+    seed = read_mapping(found).get("seed") if found else None
+    return seed if isinstance(seed, int) else None

@@ -1,0 +1,360 @@
+"""``glare finetune``: train a segmentation head, and what is below it, on labelled images.
+
+Where this departs from the mmsegmentation configuration of the UDI line (ViT with semantic FPN):
+
+* class and register tokens stay in the sequence, since adapters were trained in their presence;
+* head and backbone have learning rates of their own, equal only in long runs;
+* the warm-up is a tenth of the steps where that is less than 1500;
+* images are read at their native size, and the scale is relative to it.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from glare import recipes
+from glare.data.labelled import LabelledSet, PackedLabelled, open_labelled, pack_labelled
+from glare.errors import UserError
+from glare.evaluate import confusion, default_split, describe, table
+from glare.finetune_plan import Plan, make_plan
+from glare.inference import Tiling
+from glare.labelled_crops import TrainingCrops, to_device, training_batch
+from glare.metrics import SegmentationScores
+from glare.recipes import option, required
+from glare.run_folder import RunFolder, atomic_write_json
+from glare.runtime import (
+    DEVICES,
+    PRECISIONS,
+    TRACKERS,
+    Clock,
+    epoch_batches,
+    make_accelerator,
+    seeded,
+)
+from glare.schedules import warmup_poly
+from glare.segmenters import (
+    HEADS,
+    TRAINED,
+    SegmenterState,
+    add_head,
+    image_processor,
+    load_pretrained,
+    parameter_groups,
+    select_trained,
+    synchronised,
+    vit_of,
+)
+from glare.views import Normalisation
+
+
+@dataclass(frozen=True)
+class FinetuneRecipe:
+    """Train a segmentation head, and what is below it, on labelled images."""
+
+    model: str = required("run folder of glare pretrain, folder or Hub id of a ViT, or a PEFT adapter folder")
+    data: str = required("labelled folder, or landcover:<domain>[:count[:seed]]")
+    output: Path = required("run folder to write")
+    head: str = option("fpn", "what turns features into classes", choices=HEADS)
+    pyramid: bool = option(False, "rescale the taps of the FPN to 4, 2, 1 and 1/2 of the patch grid first")
+    train_on: str = option("full", "what trains besides the head: everything, the adapters, nothing", choices=TRAINED)
+    train_split: str | None = option(None, "sub-folder to train on; train where there is one")
+    match: str | None = option(None, "globs on file stems to train on, comma-separated, ! excludes")
+    num_images: int | None = option(None, "train on this many images only, drawn with the seed")
+    val_data: str | None = option(None, "data to evaluate on, if it is not a part of --data")
+    val_split: str | None = option(None, "sub-folder to evaluate on; val where there is one")
+    val_match: str | None = option(None, "globs on file stems to evaluate on")
+    eval_every: int | None = option(None, "evaluate every so many steps too, not only at the end")
+    steps: int | None = option(None, "optimizer steps; derived from the number of images where not given")
+    batch_size: int | None = option(None, "crops a step over all processes; 4 on a CPU, 8 on a GPU where not given")
+    crop_size: int | None = option(
+        None, "side of the crops in px; the images' short side, at most 512, where not given"
+    )
+    scale: tuple[float, float] = option((0.5, 2.0), "lowest and highest random factor on the images' size")
+    dominant_share: float = option(0.75, "crops in which one class has this share are drawn anew, up to ten times")
+    image_size: int | None = option(
+        None, "training images are kept with at most this short side in px; native if not given"
+    )
+    learning_rate: float | None = option(None, "peak, of the head; derived from the steps where not given")
+    backbone_learning_rate: float | None = option(None, "peak, of everything else; derived where not given")
+    warmup_steps: int | None = option(None, "linear warm-up; a tenth of the steps, at most 1500, where not given")
+    weight_decay: float = option(0.01, "of matrices; biases, norms, position embedding and class token have none")
+    window: int | None = option(None, "evaluation: side in px of sliding windows; only above 1536 px where not given")
+    stride: int | None = option(None, "evaluation: distance of the windows; two thirds of them where not given")
+    strict: bool = option(False, "stop at the first unreadable image instead of skipping it")
+    seed: int = option(0, "of all draws")
+    device: str = option("auto", "where to run", choices=DEVICES)
+    precision: str = option("auto", "auto: bf16 where the processor has it", choices=PRECISIONS)
+    checkpoint_every: int = option(500, "steps between checkpoints")
+    log_every: int = option(10, "steps between lines of metrics.jsonl")
+    num_workers: int = option(8, "threads that decode images")
+    report_to: str = option("tensorboard", "trackers besides metrics.jsonl", choices=TRACKERS)
+    resume: bool = option(False, "go on from the last checkpoint of the output folder")
+
+    def __post_init__(self) -> None:
+        Tiling(self.window, self.stride)
+        for name in ("num_images", "steps", "batch_size", "crop_size", "eval_every", "checkpoint_every", "log_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; give at least 1")
+        if not 0 < self.scale[0] <= self.scale[1]:
+            raise ValueError(f"scale is {self.scale}; give two factors above 0, the lower one first")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Entry point of ``glare finetune`` and of ``accelerate launch training/finetune.py``."""
+    run(recipes.parse(FinetuneRecipe, argv, prog="glare finetune"))
+
+
+@dataclass(frozen=True)
+class Job:
+    """What stays the same during a run."""
+
+    recipe: FinetuneRecipe
+    plan: Plan
+    accelerator: Accelerator
+    normalise: Normalisation
+    val: LabelledSet | None
+
+
+def run(recipe: FinetuneRecipe) -> Path:
+    """Fine-tune, evaluate where there is something to evaluate on, and return the run folder."""
+    RunFolder.check(recipe.output, resume=recipe.resume)
+    accelerator = make_accelerator(
+        device=recipe.device, precision=recipe.precision, report_to=recipe.report_to, output=recipe.output
+    )
+
+    # data, model, and the settings that depend on them
+    train, val = open_data(recipe)
+    pretrained, normalise = load_pretrained(recipe.model)
+    packed = pack_labelled(
+        train,
+        short_side=recipe.image_size,
+        strict=recipe.strict,
+        workers=recipe.num_workers,
+        progress=accelerator.is_main_process,
+    )
+    plan = resolve(recipe, packed, patch=pretrained.patch_size, accelerator=accelerator)
+    accelerator.print(describe_run(recipe, packed, plan))
+    recipe = replace(recipe, **asdict(plan))
+    job = Job(recipe, plan, accelerator, normalise, val)
+
+    # segmenter, optimizer
+    torch.manual_seed(recipe.seed)
+    palette = packed.palette.tolist()
+    model = add_head(pretrained, recipe.head, pyramid=recipe.pyramid, classes=packed.classes, palette=palette)
+    select_trained(model, recipe.train_on)
+    model = synchronised(model.to(accelerator.device), processes=accelerator.num_processes)
+    optimizer = torch.optim.AdamW(parameter_groups(model, recipe.weight_decay))
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    state = SegmenterState(model, optimizer)
+
+    # run folder, resume
+    folder = RunFolder.create(recipe.output, resume=recipe.resume, write=accelerator.is_main_process)
+    folder.write_recipe(recipe)
+    accelerator.init_trackers("")
+    start, checkpoint = 0, folder.latest_checkpoint()
+    if checkpoint is not None:
+        start = checkpoint.step
+        state.restore(checkpoint.tensors)
+
+    # the loop
+    crops = TrainingCrops(plan.crop_size, recipe.scale, recipe.dominant_share, normalise)
+    packed = to_device(packed, accelerator.device)
+    batches = epoch_batches(len(packed.names), plan.batch_size, seed=recipe.seed, start=start)
+    bar = tqdm(total=plan.steps, initial=start, desc="finetune", disable=not accelerator.is_main_process)
+    clock, logged = Clock(), start
+    wrapped.train()
+    for step, index in zip(range(start, plan.steps), batches, strict=False):
+        with clock.measure("data"):
+            batch = cut_batch(job, packed, index, crops, step=step)
+        with clock.measure("train"):
+            loss = train_step(job, wrapped, optimizer, batch, step=step)
+        bar.update()
+        done, last = step + 1, step + 1 == plan.steps
+        if last or done % recipe.log_every == 0:
+            values = measurements(job, loss, clock, step=step, steps=done - logged)
+            folder.log(done, **values)
+            accelerator.log(values, step=done)
+            bar.set_postfix_str(progress_text(values))
+            clock, logged = Clock(), done
+        if not last and done % recipe.checkpoint_every == 0:
+            folder.write_checkpoint(done, state.tensors(), {})
+        if not last and recipe.eval_every and done % recipe.eval_every == 0:
+            scores, _ = judge(job, model)
+            folder.log(done, miou=scores.miou, aacc=scores.aacc, macc=scores.macc)
+    bar.close()
+    accelerator.end_training()
+    finish(job, model, folder)
+    return folder.path
+
+
+def open_data(recipe: FinetuneRecipe) -> tuple[LabelledSet, LabelledSet | None]:
+    """What to train on and, where there is a part for it, what to evaluate on. Raises UserError if classes differ."""
+    split = recipe.train_split or default_split(recipe.data, "train")
+    train = open_labelled(recipe.data, split=split, match=recipe.match)
+    if recipe.num_images is not None:
+        train = draw_images(train, recipe.num_images, seed=recipe.seed)
+    data, val_split = val_part(recipe)
+    if recipe.val_data is None and recipe.val_match is None and val_split in (None, split):
+        if recipe.eval_every is not None:
+            raise UserError("eval_every needs a validation part: give --val-split, --val-match or --val-data")
+        return train, None
+    val = open_labelled(data, split=val_split, match=recipe.val_match)
+    if val.classes != train.classes:
+        raise UserError(
+            f"the classes differ: the training data has {', '.join(train.classes)}, the validation data has "
+            f"{', '.join(val.classes)}; give data of the same classes, in the same order"
+        )
+    return train, val
+
+
+def val_part(recipe: FinetuneRecipe) -> tuple[str, str | None]:
+    """Data and split to evaluate on."""
+    data = recipe.val_data or recipe.data
+    split = recipe.val_split or default_split(data, "val")
+    if split is None and recipe.val_data is None:
+        split = recipe.train_split or default_split(data, "train")
+    return data, split
+
+
+def draw_images(data: LabelledSet, count: int, *, seed: int) -> LabelledSet:
+    """``count`` different images in their order, the same for the same seed. Raises UserError if there are fewer."""
+    if count > len(data):
+        raise UserError(
+            f"num_images is {count}, but there are only {len(data)} labelled images; give at most {len(data)}"
+        )
+    order = torch.randperm(len(data), generator=seeded(seed, len(data)))
+    return data.subset(sorted(order[:count].tolist()))
+
+
+def resolve(recipe: FinetuneRecipe, packed: PackedLabelled, *, patch: int, accelerator: Accelerator) -> Plan:
+    """The numbers of the run, derived from the data where the recipe leaves them open."""
+    short_side = int(packed.images.size.amin(dim=1).median())
+    on_cpu, processes = accelerator.device.type == "cpu", accelerator.num_processes
+    plan = make_plan(recipe, num_images=len(packed.names), short_side=short_side, patch=patch, on_cpu=on_cpu)
+    if plan.crop_size % patch:
+        fitting = max(1, round(plan.crop_size / patch)) * patch
+        raise UserError(f"crop_size {plan.crop_size} is no multiple of the patch size {patch}; give {fitting}")
+    if plan.batch_size % processes:
+        raise UserError(
+            f"batch_size {plan.batch_size} does not divide by {processes} processes; give a multiple of {processes}"
+        )
+    return plan
+
+
+def describe_run(recipe: FinetuneRecipe, packed: PackedLabelled, plan: Plan) -> str:
+    """What is about to happen, for the user: the data, what was skipped and what was chosen."""
+    count = len(packed.names)
+    lines = [f"{count} labelled images of {len(packed.classes)} classes, {len(packed.skipped)} skipped"]
+    lines += [f"  skipped {name}: {reason}" for name, reason in packed.skipped[:10]]
+    if len(packed.skipped) > 10:
+        lines.append(f"  ... and {len(packed.skipped) - 10} more")
+    passes = plan.steps * plan.batch_size / count
+    lines.append(f"{plan.steps} steps of {plan.batch_size} crops of {plan.crop_size} px = {passes:.1f} passes")
+    chosen = [f"{name}={value}" for name, value in asdict(plan).items() if getattr(recipe, name) is None]
+    if chosen:
+        lines.append(f"chosen from the data: {', '.join(chosen)}")
+    return "\n".join(lines)
+
+
+def cut_batch(
+    job: Job, packed: PackedLabelled, index: Tensor, crops: TrainingCrops, *, step: int
+) -> tuple[Tensor, Tensor]:
+    """This process's share of the batch ``index``: pixels and labels."""
+    rank, world = job.accelerator.process_index, job.accelerator.num_processes
+    generator = seeded(job.recipe.seed, step, rank, 0)
+    return training_batch(packed, index.view(world, -1)[rank], crops, job.accelerator.device, generator=generator)
+
+
+def train_step(
+    job: Job, wrapped: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor], *, step: int
+) -> float:
+    """One optimizer step on pixels and labels; returns the loss. Raises UserError when it is not finite."""
+    # dropout draws from the global generator: seeded anew, it draws the same after a resume
+    torch.manual_seed(seeded(job.recipe.seed, step, job.accelerator.process_index, 1).initial_seed())
+    with job.accelerator.autocast():
+        loss = wrapped(pixel_values=batch[0], labels=batch[1]).loss
+    value = float(loss)
+    if not math.isfinite(value):
+        raise UserError(
+            f"the loss became {value} at step {step + 1}; lower learning_rate (now {job.plan.learning_rate}) and "
+            f"backbone_learning_rate (now {job.plan.backbone_learning_rate}), or give --precision fp32, in a new run"
+        )
+    head, backbone = learning_rates(job.plan, step)
+    for group in optimizer.param_groups:
+        group["lr"] = head if group["head"] else backbone
+    job.accelerator.backward(loss)
+    optimizer.step()
+    optimizer.zero_grad()
+    return value
+
+
+def learning_rates(plan: Plan, step: int) -> tuple[float, float]:
+    """Of head and backbone: linear warm-up, then a straight line to zero (mmsegmentation's poly of power 1)."""
+    peaks = (plan.learning_rate, plan.backbone_learning_rate)
+    head, backbone = (warmup_poly(step, steps=plan.steps, warmup=plan.warmup_steps, peak=peak) for peak in peaks)
+    return head, backbone
+
+
+def measurements(job: Job, loss: float, clock: Clock, *, step: int, steps: int) -> dict[str, float]:
+    """One line of the log: this step's loss and rates, and the speed over the ``steps`` since the last line."""
+    head, backbone = learning_rates(job.plan, step)
+    seconds = clock.seconds["data"] + clock.seconds["train"]
+    return {
+        "loss": loss,
+        "learning_rate": head,
+        "backbone_learning_rate": backbone,
+        "images_per_second": steps * job.plan.batch_size / seconds,
+        "data_wait": clock.seconds["data"] / seconds,
+    }
+
+
+def progress_text(values: Mapping[str, float]) -> str:
+    """Behind the progress bar."""
+    speed = f"{values['images_per_second']:.1f} images/s, {values['data_wait']:.0%} waiting for data"
+    return f"loss {values['loss']:.3f} | {speed}"
+
+
+def judge(job: Job, model: PreTrainedModel) -> tuple[SegmentationScores, list[tuple[str, str]]]:
+    """Scores of the model as it is, each process on its share of the images, and what was skipped."""
+    assert job.val is not None
+    accelerator, recipe = job.accelerator, job.recipe
+    indices = range(accelerator.process_index, len(job.val), accelerator.num_processes)
+    tiling = Tiling(recipe.window, recipe.stride)
+    model.eval()
+    with accelerator.autocast():
+        matrix, skipped = confusion(
+            model, job.val, indices, normalise=job.normalise, tiling=tiling, strict=recipe.strict
+        )
+    model.train()
+    total = accelerator.reduce(matrix.to(accelerator.device), reduction="sum").cpu()
+    return SegmentationScores.from_confusion(total, job.val.classes), gather_object(skipped)
+
+
+def finish(job: Job, model: PreTrainedModel, folder: RunFolder) -> None:
+    """Write ``model/``, then evaluate where there are labels for it and write ``eval.json``."""
+    if folder.write:
+        with folder.publish("model") as path:
+            model.save_pretrained(path)
+            patch = vit_of(model).patch_size
+            image_processor(job.normalise, size=job.plan.crop_size, patch=patch).save_pretrained(path)
+        print(f"the model is in {folder.path / 'model'}")
+    if job.val is None:
+        job.accelerator.print("no scores: give a validation part with --val-split, --val-match or --val-data")
+        return
+    scores, skipped = judge(job, model)
+    if folder.write:
+        num_images = len(job.val) - len(skipped)
+        print(table(scores, num_images=num_images, skipped=skipped))
+        data, split = val_part(job.recipe)
+        about = {"data": data, "split": split, "match": job.recipe.val_match, "model": str(folder.path / "model")}
+        entry = describe(scores, num_images=num_images, seed=job.recipe.seed, about=about)
+        atomic_write_json(folder.path / "eval.json", entry)

@@ -1,0 +1,53 @@
+"""Settings of a fine-tuning run, derived from how many labelled images there are and how large they are.
+
+mmsegmentation's 6e-5 for every weight is made for 20,000 steps and more. A run of hundreds of steps does not get a
+fresh head anywhere with it, so short runs have larger rates, and one of its own for the pre-trained part.
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+LONG_RUN_VISITS = 160_000  # images seen in a run from which the published rate is right: 20,000 steps of 8
+PASSES = 40
+STEPS = (200, 40_000)
+MAX_CROP = 512
+MAX_WARMUP = 1500
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Numbers of a run: peaks of the learning rates, ``crop_size`` in px, the others in steps and crops."""
+
+    steps: int
+    batch_size: int
+    crop_size: int
+    warmup_steps: int
+    learning_rate: float
+    backbone_learning_rate: float
+
+
+def make_plan(given: Any, *, num_images: int, short_side: int, patch: int, on_cpu: bool) -> Plan:
+    """What ``given`` says, an object with the fields of a Plan, and derived values where it says None.
+
+    Steps: 40 passes, but 200 to 40,000. Warm-up: a tenth of the steps, at most 1500. Crops: the images' short side,
+    at most 512 px, in whole patches. Batch: 4 on a CPU, else 8. Rates: 6e-5 throughout where the run sees 160,000
+    images, otherwise 1e-3 for the head and 1e-4 below it.
+    """
+    batch_size = given.batch_size or (4 if on_cpu else 8)
+    steps = given.steps or max(STEPS[0], min(STEPS[1], PASSES * num_images // batch_size))
+    long = steps * batch_size >= LONG_RUN_VISITS
+    derived = Plan(
+        steps=steps,
+        batch_size=batch_size,
+        crop_size=max(1, min(MAX_CROP, short_side) // patch) * patch,
+        warmup_steps=min(MAX_WARMUP, steps // 10),
+        learning_rate=6e-5 if long else 1e-3,
+        backbone_learning_rate=6e-5 if long else 1e-4,
+    )
+    set_ones = {name: value for name in names() if (value := getattr(given, name)) is not None}
+    return replace(derived, **set_ones)
+
+
+def names() -> tuple[str, ...]:
+    """Names of the fields of a Plan."""
+    return tuple(field.name for field in fields(Plan))

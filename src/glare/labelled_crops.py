@@ -1,0 +1,161 @@
+"""Training crops for segmentation: images and labels cut and augmented in batches, on the device.
+
+The recipe is mmsegmentation's: random scale, a random crop in which no class dominates, a horizontal flip and
+photometric distortion. Departures from it:
+
+* scale, crop and flip are one Crop, cut from the source in one go; the source is not resized first;
+* the share of classes is counted on a grid of 64 x 64 points of the candidate crops, all ten drawn at once.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from glare.crops import cut, cut_labels, subset
+from glare.data.labelled import PackedLabelled
+from glare.geometry import Crop, patch_centres
+from glare.photometric import adjust_brightness, shift_hue
+from glare.views import Normalisation
+
+ATTEMPTS = 10  # crops drawn an image, of which the first without a dominant class is taken
+PROBE = (64, 64)
+DELTA = 32 / 255  # of brightness, either way
+RANGE = (0.5, 1.5)  # of contrast, here a factor on all values, and of saturation
+TURN = 18 / 180  # of hue, either way, as a share of the circle
+IGNORED = 255
+GPU_CACHE_SHARE = 0.3  # of the free GPU memory that the packed images may take
+
+
+@dataclass(frozen=True)
+class TrainingCrops:
+    """What crops to cut.
+
+    size: side in px.
+    scale: lowest and highest factor on the images' size, drawn uniformly.
+    dominant_share: crops in which one class has this share of the labelled points or more are drawn anew.
+    normalise: of the model's input.
+    """
+
+    size: int
+    scale: tuple[float, float]
+    dominant_share: float
+    normalise: Normalisation
+
+
+def to_device(packed: PackedLabelled, device: torch.device) -> PackedLabelled:
+    """All images on a GPU that has room for them; otherwise they stay, and every batch travels."""
+    if device.type == "cuda" and 4 * len(packed.labels) < GPU_CACHE_SHARE * torch.cuda.mem_get_info(device)[0]:
+        return replace(packed, images=packed.images.to(device), labels=packed.labels.to(device))
+    return packed
+
+
+def training_batch(
+    packed: PackedLabelled,
+    index: Tensor,
+    crops: TrainingCrops,
+    device: torch.device,
+    *,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """Augmented crops of the images ``index`` (n,), cut on ``device``; all draws come from ``generator``, on the CPU.
+
+    Returns:
+        Normalised pixels (n, 3, size, size) float32, 0 outside the image, and labels (n, size, size) int64, 255
+        outside the image.
+    """
+    images, labels = packed.images, packed.labels
+    if labels.device != device:
+        labels = _labels_of(packed, index).to(device)
+        images, index = subset(images, index).to(device), torch.arange(len(index))
+    size, count = (crops.size, crops.size), len(index)
+    candidates = random_crops(images.size.cpu()[index], size=crops.size, scale=crops.scale, generator=generator)
+    probe = cut_labels(labels, images, index.repeat_interleave(ATTEMPTS), candidates.flatten(), size=PROBE)
+    chosen = first_balanced(probe.view(count, ATTEMPTS, -1), crops.dominant_share).cpu()
+    crop = Crop(candidates.offset[torch.arange(count), chosen], candidates.scale[torch.arange(count), chosen])
+    pixels = photometric_distortion(cut(images, index, crop, size=size), generator=generator)
+    pixels = torch.where(_inside(crop.to(device), size).unsqueeze(1), crops.normalise(pixels), 0)
+    return pixels, cut_labels(labels, images, index, crop, size=size).long()
+
+
+def _labels_of(packed: PackedLabelled, index: Tensor) -> Tensor:
+    """The labels of some images, packed anew as ``subset`` packs the images."""
+    first, area = packed.images.start[index].tolist(), packed.images.size[index].prod(dim=1).tolist()
+    return torch.cat([packed.labels[start : start + count] for start, count in zip(first, area, strict=True)])
+
+
+def random_crops(size_px: Tensor, *, size: int, scale: tuple[float, float], generator: torch.Generator) -> Crop:
+    """Ten candidate crops (n, 10, 2) an image of one scale and flip, on the CPU.
+
+    ``size_px`` (n, 2) int64, (width, height). A crop larger than the scaled image has it in its upper left corner.
+    """
+    size_px = size_px.cpu().double()
+    count = len(size_px)
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand((count, *shape), generator=generator, dtype=torch.float64)
+
+    factor = scale[0] + (scale[1] - scale[0]) * uniform(1, 1)
+    extent = size / (factor * size_px.unsqueeze(1))  # (n, 1, 2), in units of the image
+    low = uniform(ATTEMPTS, 2) * (1 - extent).clamp(min=0)
+    flip = torch.cat([uniform(1, 1) < 0.5, torch.zeros(count, 1, 1, dtype=torch.bool)], dim=-1)
+    high = low + extent.clamp(max=1)
+    return Crop(torch.where(flip, high, low).float(), torch.where(flip, -extent, extent).expand_as(low).float())
+
+
+def first_balanced(probe: Tensor, dominant_share: float) -> Tensor:
+    """Number of the first candidate with two classes or more, none of them dominant; the last one if there is none.
+
+    ``probe`` (n, candidates, points) uint8 labels; the result is (n,) int64.
+    """
+    counts = torch.zeros((*probe.shape[:2], 256), device=probe.device)
+    counts.scatter_add_(2, probe.long(), torch.ones((), device=probe.device).expand(probe.shape))
+    counts = counts[..., :IGNORED]
+    several = (counts > 0).sum(dim=-1) > 1
+    balanced = several & (counts.amax(dim=-1) < dominant_share * counts.sum(dim=-1))
+    balanced[:, -1] = True
+    return balanced.int().argmax(dim=1)
+
+
+def photometric_distortion(images: Tensor, *, generator: torch.Generator) -> Tensor:
+    """Brightness, contrast, saturation and hue, each with probability 0.5; contrast comes first or last.
+
+    ``images`` (n, 3, h, w) in [0, 1].
+    """
+    draws = torch.rand((len(images), 9), generator=generator)
+    happens = draws[:, :4] < 0.5
+    delta, contrast, saturation, turn = (2 * draws[:, 4:8] - 1).unbind(1)
+    low, high = RANGE
+    contrast, saturation = (low + (high - low) * (value + 1) / 2 for value in (contrast, saturation))
+    first = draws[:, 8] < 0.5
+    images = images.clone()
+    for rows, change, value in (
+        (happens[:, 0], _add, delta * DELTA),
+        (happens[:, 1] & first, adjust_brightness, contrast),
+        (happens[:, 2], scale_saturation, saturation),
+        (happens[:, 3], shift_hue, turn * TURN),
+        (happens[:, 1] & ~first, adjust_brightness, contrast),
+    ):
+        chosen = rows.nonzero().squeeze(1)
+        if len(chosen):
+            place = chosen.to(images.device)
+            images[place] = change(images[place], value[chosen].to(images.device))
+    return images
+
+
+def _add(images: Tensor, delta: Tensor) -> Tensor:
+    return (images + delta.view(-1, 1, 1, 1)).clamp_(0, 1)
+
+
+def scale_saturation(images: Tensor, factor: Tensor) -> Tensor:
+    """Multiply the HSV saturation, at most to 1, at constant hue and value."""
+    value = images.amax(dim=1, keepdim=True)
+    chroma = value - images.amin(dim=1, keepdim=True)
+    limit = torch.where(chroma > 0, value / chroma.clamp(min=1e-8), 1)
+    return value - (value - images) * torch.minimum(factor.view(-1, 1, 1, 1), limit)
+
+
+def _inside(crop: Crop, size: tuple[int, int]) -> Tensor:
+    """Which pixels of crops (n, 2) lie in the image: (n, height, width) bool."""
+    points = crop.to_source(patch_centres(size, device=crop.offset.device))
+    return ((points >= 0) & (points < 1)).all(dim=-1).view(-1, *size)

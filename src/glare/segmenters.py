@@ -1,0 +1,178 @@
+"""From a pre-trained ViT to a segmentation model: what fine-tuning starts from, what trains, how images enter it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftConfig, set_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.utils.save_and_load import load_peft_weights
+from torch import Tensor, nn
+from transformers import PreTrainedModel, UperNetConfig, UperNetForSemanticSegmentation
+from transformers.models.dpt.image_processing_pil_dpt import DPTImageProcessorPil
+
+from glare.backbones import load_backbone, read_normalisation
+from glare.configuration_glare import GlareConfig
+from glare.errors import UserError
+from glare.modeling_glare import ADAPTER_NAME, GlareForSemanticSegmentation, GlareModel, final_norm
+from glare.runtime import optimizer_tensors, restore_optimizer
+from glare.views import Normalisation
+
+HEADS = ("fpn", "linear", "upernet")
+TRAINED = ("full", "adapter", "head")
+UPERNET_TAPS = 3  # at least, its auxiliary head sits on the third
+
+
+def load_pretrained(name: str) -> tuple[GlareModel, Normalisation]:
+    """What fine-tuning starts from, and the normalisation of its input.
+
+    ``name``: anything that ``load_backbone`` takes, or a PEFT adapter folder that names its base model. Raises
+    UserError for others.
+    """
+    folder = Path(name)
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        return _load_adapter(folder)
+    return load_backbone(name), Normalisation() if name.endswith(".json") else read_normalisation(name)
+
+
+def _load_adapter(folder: Path) -> tuple[GlareModel, Normalisation]:
+    config = PeftConfig.from_pretrained(str(folder))
+    base = config.base_model_name_or_path
+    if not base:
+        raise UserError(
+            f"the adapter folder {folder} does not say for which model it is; put base_model_name_or_path into its "
+            "adapter_config.json, or give the model folder of the run"
+        )
+    model = GlareModel.from_backbone(load_backbone(base).backbone, config)
+    found = set_peft_model_state_dict(model.backbone, load_peft_weights(str(folder)), adapter_name=ADAPTER_NAME)
+    if found.unexpected_keys:
+        raise UserError(
+            f"the adapter in {folder} does not fit its base model {base!r}; give the model it was trained on"
+        )
+    return model, read_normalisation(base)
+
+
+def add_head(
+    model: GlareModel, head: str, *, pyramid: bool, classes: list[str], palette: list[list[int]]
+) -> PreTrainedModel:
+    """A fresh head on a ViT whose weights are shared, or copied for ``upernet``; ``palette`` goes into the config."""
+    names = dict(enumerate(classes))
+    if head == "upernet":
+        segmenter = _upernet(model, names)
+    else:
+        segmenter = GlareForSemanticSegmentation.from_model(model, head=head, pyramid=pyramid, id2label=names)
+    segmenter.config.label2id = {name: number for number, name in names.items()}
+    segmenter.config.palette = palette
+    return segmenter
+
+
+def _upernet(model: GlareModel, names: dict[int, str]) -> PreTrainedModel:
+    backbone = GlareConfig(backbone_config=model.config.backbone_config, adapter_config=model.config.adapter_config)
+    if len(backbone.out_indices) < UPERNET_TAPS:
+        raise UserError(f"head 'upernet' needs a ViT of at least {UPERNET_TAPS} blocks; give fpn or linear")
+    config = UperNetConfig(
+        backbone_config=backbone, auxiliary_in_channels=backbone.hidden_size, loss_ignore_index=255, id2label=names
+    )
+    segmenter = UperNetForSemanticSegmentation(config)
+    segmenter.backbone.load_state_dict(model.state_dict())
+    return segmenter
+
+
+def vit_of(segmenter: PreTrainedModel) -> GlareModel:
+    """The ViT below the head."""
+    return segmenter.glare if isinstance(segmenter, GlareForSemanticSegmentation) else segmenter.backbone
+
+
+def select_trained(segmenter: PreTrainedModel, train_on: str) -> None:
+    """Let the head train, and below it everything (``full``), the adapters (``adapter``) or nothing (``head``).
+
+    Weights that no loss can reach stay frozen: the mask token, and the final norm under heads on earlier taps.
+    Raises UserError where there are no adapters to train.
+    """
+    segmenter.requires_grad_(True)
+    vit = vit_of(segmenter)
+    adapters = vit.config.adapter_config
+    if train_on == "adapter" and adapters is None:
+        raise UserError("--train-on adapter needs a model with adapters, this one has none; give full or head")
+    part = PEFT_TYPE_TO_PREFIX_MAPPING[adapters["peft_type"]] if adapters else ""
+    for name, parameter in vit.named_parameters():
+        chosen = train_on == "full" or (train_on == "adapter" and part in name)
+        parameter.requires_grad_(chosen and "mask_token" not in name)
+    if getattr(segmenter.config, "head", None) != "linear":
+        final_norm(vit.backbone).requires_grad_(False)
+
+
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay applies: to matrices, not to biases, norms, tokens and the position embedding."""
+    return parameter.ndim > 1 and not name.endswith(("position_embeddings", "_token", "_tokens"))
+
+
+def image_processor(normalise: Normalisation, *, size: int, patch: int) -> DPTImageProcessorPil:
+    """What prepares images for transformers: near ``size`` px a side at their own shape, in multiples of the patch.
+
+    It also turns logits back into label maps (``post_process_semantic_segmentation``).
+    """
+    side = max(1, round(size / patch)) * patch
+    return DPTImageProcessorPil(
+        do_resize=True,
+        size={"height": side, "width": side},
+        keep_aspect_ratio=True,
+        ensure_multiple_of=patch,
+        image_mean=list(normalise.mean),
+        image_std=list(normalise.std),
+    )
+
+
+def synchronised(segmenter: PreTrainedModel, *, processes: int) -> PreTrainedModel:
+    """Batch norms that count over all GPUs, as mmsegmentation's; the same module on one process or on the CPU."""
+    if processes > 1 and next(segmenter.parameters()).device.type == "cuda":
+        return cast(PreTrainedModel, nn.SyncBatchNorm.convert_sync_batchnorm(segmenter))  # type: ignore[no-untyped-call]
+    return segmenter
+
+
+def parameter_groups(segmenter: PreTrainedModel, weight_decay: float) -> list[dict[str, Any]]:
+    """What trains, in groups of head or backbone (``head``) and of what decays or not."""
+    below = {id(parameter) for parameter in vit_of(segmenter).parameters()}
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in segmenter.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((id(parameter) not in below, decays(name, parameter)), []).append(parameter)
+    return [
+        {"params": parameters, "head": head, "weight_decay": weight_decay if decay else 0.0}
+        for (head, decay), parameters in groups.items()
+    ]
+
+
+@dataclass(frozen=True)
+class SegmenterState:
+    """All that changes while a segmenter trains and that a checkpoint holds."""
+
+    segmenter: nn.Module
+    optimizer: torch.optim.Optimizer
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What trains, the statistics of batch norms and the optimizer's state, by name."""
+        optimizer = {f"optimizer.{name}": value for name, value in optimizer_tensors(self.optimizer).items()}
+        return self._of_segmenter() | optimizer
+
+    def _of_segmenter(self) -> dict[str, Tensor]:
+        trained = {f"model.{name}": p for name, p in self.segmenter.named_parameters() if p.requires_grad}
+        return trained | {f"model.{name}": buffer for name, buffer in self.segmenter.named_buffers()}
+
+    @torch.no_grad()
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Undo ``tensors``. Raises UserError when the checkpoint belongs to another model."""
+        own, prefix = self._of_segmenter(), "optimizer."
+        different = own.keys() ^ {name for name in tensors if not name.startswith(prefix)}
+        if different:
+            raise UserError(
+                f"the checkpoint does not fit this model ({len(different)} tensors differ, for example "
+                f"{min(different)}); give the recipe it was written with"
+            )
+        for name, value in own.items():
+            value.copy_(tensors[name])
+        restore_optimizer(
+            self.optimizer, {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        )
