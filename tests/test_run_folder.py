@@ -1,0 +1,238 @@
+"""Nothing half-written, nothing overwritten, and a resumed folder equals one that never stopped."""
+
+import json
+import math
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from glare.errors import UserError
+from glare.recipes import from_dict, option, required, to_yaml
+from glare.run_folder import RunFolder, atomic_write_json, atomic_write_text
+from glare.yaml_files import read_mapping
+
+
+@dataclass(frozen=True)
+class Views:
+    num_local: int = option(10, "local views")
+
+
+@dataclass(frozen=True)
+class Job:
+    output: Path = required("folder")
+    learning_rate: float = option(1e-3, "peak")
+    steps: int = option(10, "steps")
+    log_every: int = option(1, "steps")
+    resume: bool = option(False, "go on")
+    views: Views = option(Views(), "views")
+
+
+def started(path: Path, **changes: object) -> RunFolder:
+    recipe = from_dict(Job, {"output": path, **changes})
+    folder = RunFolder.create(path, resume=recipe.resume)
+    folder.write_recipe(recipe)
+    return folder
+
+
+def everything(path: Path) -> set[str]:
+    return {str(file.relative_to(path)) for file in path.rglob("*")}
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def test_check_touches_nothing(tmp_path: Path) -> None:
+    RunFolder.check(tmp_path / "a" / "b")
+    RunFolder.check(tmp_path)
+    assert everything(tmp_path) == set()
+
+
+def test_a_folder_in_use_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "picture.png").write_text("mine")
+    for resume, remedy in ((False, "--resume to go on"), (None, "give another --output")):
+        with pytest.raises(UserError, match=f"{tmp_path} is in use.*{remedy}"):
+            RunFolder.create(tmp_path, resume=resume)
+    with pytest.raises(UserError, match=r"holds no run to --resume \(no recipe.yaml\)"):
+        RunFolder.create(tmp_path, resume=True)
+    assert everything(tmp_path) == {"picture.png"}
+
+
+def test_a_file_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file is a file; give a folder"):
+        RunFolder.check(tmp_path / "file")
+    with pytest.raises(UserError, match=r"file is no folder one may write to"):
+        RunFolder.check(tmp_path / "file" / "run")
+
+
+def test_a_folder_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path) != tmp_path)
+    with pytest.raises(UserError, match=f"{tmp_path} is no folder one may write to"):
+        RunFolder.check(tmp_path / "run")
+
+
+def test_resume_of_nothing_starts_from_nothing(tmp_path: Path) -> None:
+    folder = started(tmp_path / "run", resume=True)
+    assert folder.latest_checkpoint() is None
+
+
+def test_recipe_is_resolved_yaml(tmp_path: Path) -> None:
+    folder = started(tmp_path / "run", steps=3)
+    assert from_dict(Job, read_mapping(folder.path / "recipe.yaml")) == Job(output=tmp_path / "run", steps=3)
+
+
+def test_metrics_are_json_even_when_numbers_are_not(tmp_path: Path) -> None:
+    folder = started(tmp_path / "run")
+    folder.log(1, loss=0.5, grad=math.nan, text="ä")
+    folder.log(2, loss=-math.inf, parts={"a": [math.nan, 1]})
+    lines = (folder.path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[0]) == {"step": 1, "loss": 0.5, "grad": None, "text": "ä"}
+    assert json.loads(lines[1]) == {"step": 2, "loss": None, "parts": {"a": [None, 1]}}
+
+
+def test_checkpoint_gives_back_the_same_bits(tmp_path: Path) -> None:
+    folder = started(tmp_path / "run")
+    shared = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    tensors = {
+        "whole": shared,
+        "view": shared[1:3],
+        "transposed": shared.t(),
+        "again": shared,
+        "scalar": torch.tensor(3.0, dtype=torch.float64),
+        "count": torch.tensor(2**60),
+        "random": torch.Generator().manual_seed(1).get_state(),
+        "half": shared.to(torch.bfloat16),
+        "mask": shared > 0,
+        "empty": torch.empty(0, 3),
+        "trained": torch.nn.Parameter(torch.tensor([math.nan, -0.0])),
+    }
+    folder.write_checkpoint(120, tensors, {"momentum": 0.1 + 0.2, "best": math.inf, "step": "mine"})
+    assert everything(folder.path / "checkpoints") == {
+        "step_000120",
+        "step_000120/state.json",
+        "step_000120/state.safetensors",
+    }
+    read = folder.latest_checkpoint()
+    assert read is not None
+    assert read.step == 120
+    assert read.state == {"momentum": 0.1 + 0.2, "best": math.inf, "step": "mine"}
+    assert read.tensors.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert read.tensors[name].dtype == tensor.dtype
+        assert read.tensors[name].shape == tensor.shape
+        assert bits(read.tensors[name]) == bits(tensor)
+
+
+def test_the_last_two_checkpoints_are_kept_and_one_may_be_written_again(tmp_path: Path) -> None:
+    folder = started(tmp_path / "run")
+    for step in (5, 900, 1_000_000, 1_100_000, 1_100_000):
+        folder.write_checkpoint(step, {"a": torch.tensor(step)}, {})
+    kept = {path.name for path in (folder.path / "checkpoints").iterdir()}
+    assert kept == {"step_1000000", "step_1100000"}
+    read = folder.latest_checkpoint()
+    assert read is not None
+    assert int(read.tensors["a"]) == 1_100_000
+
+
+def test_an_error_while_writing_leaves_nothing(tmp_path: Path) -> None:
+    folder = started(tmp_path / "run")
+    folder.write_checkpoint(1, {"a": torch.zeros(1)}, {})
+    before = everything(folder.path)
+    with pytest.raises(TypeError):
+        folder.write_checkpoint(2, {"a": torch.zeros(1)}, {"not json": {1, 2}})
+    with pytest.raises(RuntimeError, match="full"), folder.publish("model") as path:
+        (path / "half").write_text("half")
+        raise RuntimeError("full")
+    with pytest.raises(TypeError):
+        atomic_write_json(folder.path / "eval.json", {"a": {1}})
+    with pytest.raises(UnicodeEncodeError):
+        atomic_write_text(folder.path / "recipe.yaml", "\udc80")
+    assert everything(folder.path) == before
+    assert read_mapping(folder.path / "recipe.yaml")["steps"] == 10
+
+
+@pytest.mark.parametrize("damage", ["no tensors", "short tensors", "no state", "broken state"])
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, damage: str) -> None:
+    folder = started(tmp_path / "run")
+    for step in (1, 2):
+        folder.write_checkpoint(step, {"a": torch.arange(100)}, {"b": step})
+    broken = folder.path / "checkpoints" / "step_000002"
+    file = broken / ("state.safetensors" if "tensors" in damage else "state.json")
+    if damage.startswith("no"):
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:-3])
+    with pytest.warns(UserWarning, match="step_000002 is left out"):
+        read = folder.latest_checkpoint()
+    assert read is not None
+    assert (read.step, read.state) == (1, {"b": 1})
+
+
+def train(path: Path, *, start: int, end: int, resume: bool) -> RunFolder:
+    folder = started(path, resume=resume)
+    for step in range(start + 1, end + 1):
+        folder.log(step, loss=1 / step)
+        if step % 4 == 0:
+            folder.write_checkpoint(step, {"a": torch.tensor(step)}, {})
+    return folder
+
+
+def test_stopped_and_resumed_equals_never_stopped(tmp_path: Path) -> None:
+    straight = train(tmp_path / "straight", start=0, end=10, resume=False)
+    stopped = train(tmp_path / "stopped", start=0, end=6, resume=False)
+    with (stopped.path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "lo')
+    (stopped.path / "checkpoints" / ".step_000008.partial").mkdir()
+    (stopped.path / "checkpoints" / ".step_000008.partial" / "state.json").touch()
+    (stopped.path / ".eval.json.partial").touch()
+    train(stopped.path, start=4, end=10, resume=True)
+    assert everything(stopped.path) == everything(straight.path)
+    assert (stopped.path / "metrics.jsonl").read_bytes() == (straight.path / "metrics.jsonl").read_bytes()
+
+
+def test_resume_before_the_first_checkpoint_starts_the_metrics_again(tmp_path: Path) -> None:
+    train(tmp_path / "run", start=0, end=3, resume=False)
+    folder = started(tmp_path / "run", resume=True)
+    assert (folder.path / "metrics.jsonl").read_text() == ""
+
+
+def test_resume_with_another_recipe(tmp_path: Path) -> None:
+    folder = train(tmp_path / "run", start=0, end=3, resume=False)
+    metrics = (folder.path / "metrics.jsonl").read_text()
+    recipe = Job(output=folder.path, resume=True, learning_rate=0.1, views=Views(num_local=2), log_every=7)
+    with pytest.raises(UserError) as caught:
+        folder.write_recipe(recipe)
+    message = str(caught.value)
+    assert "learning_rate was 0.001 and is 0.1; views.num_local was 10 and is 2;" in message
+    assert "log_every" not in message
+    assert (folder.path / "metrics.jsonl").read_text() == metrics
+    same = replace(recipe, learning_rate=1e-3, views=Views(), steps=20)
+    folder.write_recipe(same)
+    assert (folder.path / "recipe.yaml").read_text() == to_yaml(same)
+
+
+def test_a_folder_is_published_whole_over_an_older_one(tmp_path: Path) -> None:
+    folder = started(tmp_path / "run")
+    for name in ("old", "new"):
+        with folder.publish("model") as path:
+            (path / "deep").mkdir()
+            (path / "deep" / name).touch()
+            assert not (folder.path / "model" / "deep" / name).exists()
+    assert everything(folder.path / "model") == {"deep", "deep/new"}
+
+
+def test_other_processes_only_read(tmp_path: Path) -> None:
+    other = RunFolder.create(tmp_path / "run", write=False)
+    other.write_recipe(Job(output=tmp_path / "run"))
+    other.log(1, loss=1.0)
+    other.write_checkpoint(1, {"a": torch.zeros(1)}, {})
+    assert everything(tmp_path) == set()
+    main = started(tmp_path / "run")
+    main.write_checkpoint(3, {"a": torch.zeros(1)}, {})
+    read = other.latest_checkpoint()
+    assert read is not None
+    assert read.step == 3
