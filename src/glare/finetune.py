@@ -74,14 +74,9 @@ class FinetuneRecipe:
     eval_every: int | None = option(None, "evaluate every so many steps too, not only at the end")
     steps: int | None = option(None, "optimizer steps; derived from the number of images where not given")
     batch_size: int | None = option(None, "crops a step over all processes; 4 on a CPU, 8 on a GPU where not given")
-    crop_size: int | None = option(
-        None, "side of the crops in px; the images' short side, at most 512, where not given"
-    )
+    crop_size: int | None = option(None, "side of the crops in px; derived from the images' short side where not given")
     scale: tuple[float, float] = option((0.5, 2.0), "lowest and highest random factor on the images' size")
     dominant_share: float = option(0.75, "crops in which one class has this share are drawn anew, up to ten times")
-    image_size: int | None = option(
-        None, "training images are kept with at most this short side in px; native if not given"
-    )
     learning_rate: float | None = option(None, "peak, of the head; derived from the steps where not given")
     backbone_learning_rate: float | None = option(None, "peak, of everything else; derived where not given")
     warmup_steps: int | None = option(None, "linear warm-up; a tenth of the steps, at most 1500, where not given")
@@ -134,13 +129,8 @@ def run(recipe: FinetuneRecipe) -> Path:
     # data, model, and the settings that depend on them
     train, val = open_data(recipe)
     pretrained, normalise = load_pretrained(recipe.model)
-    packed = pack_labelled(
-        train,
-        short_side=recipe.image_size,
-        strict=recipe.strict,
-        workers=recipe.num_workers,
-        progress=accelerator.is_main_process,
-    )
+    show = accelerator.is_main_process
+    packed = pack_labelled(train, strict=recipe.strict, workers=recipe.num_workers, progress=show)
     plan = resolve(recipe, packed, patch=pretrained.patch_size, accelerator=accelerator)
     accelerator.print(describe_run(recipe, packed, plan))
     recipe = replace(recipe, **asdict(plan))
@@ -169,7 +159,7 @@ def run(recipe: FinetuneRecipe) -> Path:
     crops = TrainingCrops(plan.crop_size, recipe.scale, recipe.dominant_share, normalise)
     packed = to_device(packed, accelerator.device)
     batches = epoch_batches(len(packed.names), plan.batch_size, seed=recipe.seed, start=start)
-    bar = tqdm(total=plan.steps, initial=start, desc="finetune", disable=not accelerator.is_main_process)
+    bar = tqdm(total=plan.steps, initial=start, desc="finetune", disable=not show)
     clock, logged = Clock(), start
     wrapped.train()
     for step, index in zip(range(start, plan.steps), batches, strict=False):
@@ -282,7 +272,7 @@ def train_step(
     torch.manual_seed(seeded(job.recipe.seed, step, job.accelerator.process_index, 1).initial_seed())
     with job.accelerator.autocast():
         loss = wrapped(pixel_values=batch[0], labels=batch[1]).loss
-    value = float(loss)
+    value: float = loss.item()
     if not math.isfinite(value):
         raise UserError(
             f"the loss became {value} at step {step + 1}; lower learning_rate (now {job.plan.learning_rate}) and "

@@ -10,7 +10,7 @@ from typing import Any
 LONG_RUN_VISITS = 160_000  # images seen in a run from which the published rate is right: 20,000 steps of 8
 PASSES = 40
 STEPS = (200, 40_000)
-MAX_CROP = 512
+MAX_CROP = {True: 256, False: 512}  # on a CPU, elsewhere
 MAX_WARMUP = 1500
 
 
@@ -30,7 +30,7 @@ def make_plan(given: Any, *, num_images: int, short_side: int, patch: int, on_cp
     """What ``given`` says, an object with the fields of a Plan, and derived values where it says None.
 
     Steps: 40 passes, but 200 to 40,000. Warm-up: a tenth of the steps, at most 1500. Crops: the images' short side,
-    at most 512 px, in whole patches. Batch: 4 on a CPU, else 8. Rates: 6e-5 throughout where the run sees 160,000
+    at most 512 px, or 256 px on a CPU, in whole patches. Batch: 8, or 4 on a CPU. Rates: 6e-5 throughout where the run sees 160,000
     images, otherwise 1e-3 for the head and 1e-4 below it.
     """
     batch_size = given.batch_size or (4 if on_cpu else 8)
@@ -39,7 +39,7 @@ def make_plan(given: Any, *, num_images: int, short_side: int, patch: int, on_cp
     derived = Plan(
         steps=steps,
         batch_size=batch_size,
-        crop_size=max(1, min(MAX_CROP, short_side) // patch) * patch,
+        crop_size=max(1, min(MAX_CROP[on_cpu], short_side) // patch) * patch,
         warmup_steps=min(MAX_WARMUP, steps // 10),
         learning_rate=6e-5 if long else 1e-3,
         backbone_learning_rate=6e-5 if long else 1e-4,

@@ -7,7 +7,8 @@ is too large for a single pass is covered by overlapping windows, whose logits a
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import count, product
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -16,16 +17,25 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 from transformers import AutoModelForSemanticSegmentation, PreTrainedModel
 
+from glare import recipes
 from glare.backbones import read_normalisation, resolve_backbone
 from glare.configuration_glare import GlareConfig
+from glare.data.labelled import distinct_colours
+from glare.data.sources import BadImage, open_source
 from glare.errors import UserError
+from glare.figures import annotated
+from glare.recipes import option, required
+from glare.run_folder import RunFolder
+from glare.runtime import DEVICES, PRECISIONS, make_accelerator
 from glare.views import Normalisation
 
 WHOLE_LIMIT_PX = 1536  # longer side up to which an image is segmented in one pass
 WINDOW_PX = 1024  # side of the windows of larger images
 WINDOW_BATCH = 4
+ENDINGS = (".png", "_overlay.png")  # of the label map and of the picture for people
 
 
 @dataclass(frozen=True)
@@ -59,9 +69,90 @@ class Tiling:
 def _spans(length: int, side: int, stride: int) -> list[slice]:
     """Spans of one axis, the last one moved back inside."""
     side = min(side, length)
-    count = math.ceil((length - side) / stride) + 1
-    starts = (min(i * stride, length - side) for i in range(count))
+    steps = math.ceil((length - side) / stride)
+    starts = (min(i * stride, length - side) for i in range(steps + 1))
     return [slice(start, start + side) for start in starts]
+
+
+@dataclass(frozen=True)
+class PredictRecipe:
+    """Segment images: for each a label map (palette PNG of class indices) and an overlay with the shares of classes."""
+
+    model: str = required("run folder of glare finetune, its model folder, or a Hub id")
+    output: Path = required("new folder for the pictures")
+    images: tuple[str, ...] = required("images, or folders of them", positional=True)
+    window: int | None = option(None, "side in px of sliding windows; by default only above 1536 px, of 1024 px")
+    stride: int | None = option(None, "distance of sliding windows in px; two thirds of the window by default")
+    strict: bool = option(False, "stop at the first unreadable image instead of skipping it")
+    device: str = option("auto", "where to run", choices=DEVICES)
+    precision: str = option("auto", "auto: bf16 where the processor has it", choices=PRECISIONS)
+
+    def __post_init__(self) -> None:
+        Tiling(self.window, self.stride)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Entry point of ``glare predict``."""
+    predict(recipes.parse(PredictRecipe, argv, prog="glare predict"))
+
+
+def predict(recipe: PredictRecipe) -> list[tuple[str, str]]:
+    """Segment all images and return (name, reason) of those that could not be read.
+
+    Writes ``<stem>.png`` and ``<stem>_overlay.png``; a stem that is taken gets a number. Raises UserError where there
+    is nothing to segment or the output folder is in use.
+    """
+    RunFolder.check(recipe.output)
+    sources = [open_source(images) for images in recipe.images]
+    accelerator = make_accelerator(device=recipe.device, precision=recipe.precision, report_to="none", output=Path())
+    model, normalise = load_segmenter(recipe.model, device=accelerator.device)
+    recipe.output.mkdir(parents=True, exist_ok=True)
+    tiling = Tiling(recipe.window, recipe.stride)
+    taken: set[str] = set()
+    skipped: list[tuple[str, str]] = []
+    total = sum(map(len, sources))
+    for source, index in tqdm([(s, i) for s in sources for i in range(len(s))], desc="predict", unit="image"):
+        try:
+            image = source.read(index)
+        except BadImage as bad:
+            if recipe.strict:
+                raise UserError(f"{bad}; repair or remove it, or leave --strict out to skip it") from None
+            skipped.append((bad.name, bad.reason))
+            continue
+        with accelerator.autocast():
+            label = segment(model, [image], normalise=normalise, tiling=tiling)[0]
+        write_prediction(recipe.output, free_stem(source.name(index), taken), image, label, model=model)
+    if len(skipped) == total:
+        raise UserError(f"none of the {total} images can be read; {skipped[0][0]}, for example: {skipped[0][1]}")
+    print(f"{total - len(skipped)} images segmented into {recipe.output}, {len(skipped)} skipped")
+    for name, reason in skipped:
+        print(f"  skipped {name}: {reason}")
+    return skipped
+
+
+def free_stem(name: str, taken: set[str]) -> str:
+    """A stem for the files of image ``name`` none of which is in ``taken``, to which they are added."""
+    stem = PurePosixPath(name).stem
+    for number in count(1):
+        chosen = stem if number == 1 else f"{stem}_{number}"
+        files = {f"{chosen}{ending}".casefold() for ending in ENDINGS}
+        if not files & taken:
+            taken |= files
+            return chosen
+    raise AssertionError
+
+
+def write_prediction(
+    folder: Path, stem: str, image: Image.Image, label: NDArray[np.uint8], *, model: PreTrainedModel
+) -> None:
+    """Write the label map, a PNG of class indices that shows their colours, and the annotated overlay."""
+    colours = palette(model)
+    indices = Image.fromarray(label)
+    indices.putpalette(colours.tobytes())
+    for ending, picture in zip(ENDINGS, (indices, annotated(image, label, class_names(model), colours)), strict=True):
+        partial = folder / f".{stem}{ending}.partial"
+        picture.save(partial, format="PNG")
+        partial.replace(folder / f"{stem}{ending}")
 
 
 def load_segmenter(name: str, *, device: torch.device) -> tuple[PreTrainedModel, Normalisation]:
@@ -94,6 +185,12 @@ def class_names(model: PreTrainedModel) -> list[str]:
     return [model.config.id2label[i] for i in range(model.config.num_labels)]
 
 
+def palette(model: PreTrainedModel) -> NDArray[np.uint8]:
+    """Colours (classes, 3) of the model's classes: those of the data it was fine-tuned on, where it knows them."""
+    colours = getattr(model.config, "palette", None)
+    return distinct_colours(model.config.num_labels) if colours is None else np.array(colours, dtype=np.uint8)
+
+
 def patch_size(model: PreTrainedModel) -> int:
     """Side of a patch in px; images are padded to a multiple of it."""
     config: Any = model.config
@@ -118,13 +215,13 @@ def logits(
     Returns:
         (n, classes, height, width) float32 on the model's device.
     """
-    count, *size = pixels.shape[:3]
+    images, *size = pixels.shape[:3]
     windows = tiling.windows((size[0], size[1]))
     if len(windows) == 1:
         return _whole(model, pixels, normalise)
-    total = torch.zeros((count, model.config.num_labels, *size), device=model.device)
+    total = torch.zeros((images, model.config.num_labels, *size), device=model.device)
     covered = torch.zeros(tuple(size), device=model.device)
-    for image, chunk in product(range(count), _chunks(windows)):
+    for image, chunk in product(range(images), _chunks(windows)):
         found = _whole(model, torch.stack([pixels[image][window] for window in chunk]), normalise)
         for window, part in zip(chunk, found, strict=True):
             total[image, :, *window] += part
