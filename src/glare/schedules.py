@@ -23,5 +23,6 @@ def warmup_poly(step: int, *, steps: int, warmup: int, peak: float, power: float
 
 
 def linear(step: int, *, steps: int, start: float, end: float) -> float:
-    """A straight line from ``start`` to ``end`` over ``steps`` steps, constant afterwards."""
-    return start + (end - start) * min(step / max(steps, 1), 1.0)
+    """A straight line from ``start`` to ``end`` over ``steps`` steps, constant afterwards; ``end`` at once for none."""
+    share = min(step / steps, 1.0) if steps else 1.0
+    return start + (end - start) * share
