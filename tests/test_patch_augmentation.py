@@ -26,9 +26,7 @@ def block_mask(
     return sample_patch_mask(count, grid, prob=1.0, ratio=ratio, block=True, generator=generator(seed))
 
 
-def changed(
-    images: Tensor, mask: Tensor, kind: str, *, patch_size: int = 4, sigma: float = 0.3125, seed: int = 0
-) -> Tensor:
+def changed(images: Tensor, mask: Tensor, kind: str, *, patch_size: int = 4, seed: int = 0) -> Tensor:
     return augment_patches(images, mask, kind=kind, patch_size=patch_size, blur_sigma=0.3125, generator=generator(seed))
 
 
