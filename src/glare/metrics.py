@@ -53,10 +53,13 @@ def confusion_matrix(prediction: ClassMap, label: ClassMap, *, num_classes: int,
 
 
 def _integers(values: ClassMap, what: str) -> Tensor:
-    tensor = torch.as_tensor(values)
-    if tensor.is_floating_point() or tensor.is_complex():
-        raise ValueError(f"{what} has type {tensor.dtype}; give class indices as integers (argmax of the logits)")
-    return tensor.long()
+    if not isinstance(values, Tensor):
+        array = np.asarray(values)
+        # a copy, as PyTorch has no room for NumPy's read-only and reversed arrays
+        values = torch.from_numpy(array.astype(np.int64) if array.dtype.kind in "biu" else array.copy())
+    if values.is_floating_point():
+        raise ValueError(f"{what} has type {values.dtype}; give class indices as integers (argmax of the logits)")
+    return values.long()
 
 
 def _check_range(values: Tensor, what: str, num_classes: int) -> None:
@@ -152,6 +155,8 @@ class SegmentationMetric(evaluate.Metric):
 
     def add_batch(self, *, predictions: Any = None, references: Any = None) -> None:
         """Count a batch: class indices (n, h, w) each, or a list of n maps (h, w) of any sizes."""
+        if predictions is None or references is None:
+            raise ValueError("only one of predictions and references was given; give both")
         if len(predictions) != len(references):
             raise ValueError(f"{len(predictions)} predictions, but {len(references)} references; give one for each")
         pairs = zip(predictions, references, strict=True)
@@ -170,10 +175,5 @@ class SegmentationMetric(evaluate.Metric):
         return scores.to_dict()
 
     def _count(self, prediction: Any, reference: Any) -> Tensor:
-        k = len(self.classes)
-        return confusion_matrix(
-            torch.as_tensor(prediction),
-            torch.as_tensor(reference),
-            num_classes=k,
-            ignore_index=self.ignore_index,
-        ).cpu()
+        matrix = confusion_matrix(prediction, reference, num_classes=len(self.classes), ignore_index=self.ignore_index)
+        return matrix.cpu()

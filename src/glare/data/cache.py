@@ -6,6 +6,7 @@ import tempfile
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TypeVar
@@ -97,6 +98,8 @@ class Reading:
         At most one read more is under way, or waits to be kept, than there are threads. UserError at a bad image if
         ``strict``, and if all are bad.
         """
+        if not count:
+            raise UserError("there are no images to read; give at least one")
         skipped: list[tuple[str, str]] = []
         threads = self.workers or min(8, os.cpu_count() or 1)
         waiting: deque[Future[T]] = deque()
@@ -145,7 +148,8 @@ class PixelStore:
 
     def __exit__(self, *_: object) -> None:
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # closing writes what a full disk has refused before
+                self._file.close()
 
     def append(self, image: NDArray[np.uint8]) -> None:
         """Add the rows of an image (h, w, channels) or (h, w)."""
@@ -166,7 +170,6 @@ class PixelStore:
             self._buffer.resize(self._used, refcheck=False)
             flat, self._buffer = self._buffer, np.empty(0, np.uint8)
         else:
-            self._file.flush()
             flat = np.memmap(self._file, np.uint8, mode="r+", shape=(self._used,))
         pixels = torch.from_numpy(flat)
         return pixels if self.channels == 1 else pixels.view(-1, self.channels)
@@ -195,6 +198,7 @@ class PixelStore:
         assert self._file is not None
         try:
             self._file.write(flat.data)
+            self._file.flush()
         except OSError as error:
             raise UserError(
                 f"the decoded images do not fit into {str(self.spill)!r} ({error.strerror}); "

@@ -1,6 +1,5 @@
 """Labelled images: a folder of images, class-index PNGs and classes.json, or generated scenes."""
 
-import colorsys
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +19,6 @@ from glare.errors import UserError
 
 IGNORE_INDEX = 255
 MAX_CLASSES = 255  # a label is one byte, and 255 means ignored
-GOLDEN_RATIO = 0.618034
 LAYOUT = "a labelled folder holds [split/]images/*.jpg, [split/]labels/*.png and classes.json"
 EXAMPLE = '{"classes": ["building", "road"], "ignore_index": 255}'
 GREY_STEPS = {"L;2": 85, "L;4": 17}
@@ -141,11 +139,15 @@ def pack_labelled(
 
 
 def distinct_colours(count: int) -> NDArray[np.uint8]:
-    """``count`` different colours (count, 3), always the same: hues a golden section apart, four strengths."""
-    strengths = ((0.75, 0.95), (0.45, 0.80), (0.95, 0.60), (0.60, 0.45))
-    colours = [colorsys.hsv_to_rgb(i * GOLDEN_RATIO % 1, *strengths[i % 4]) for i in range(count)]
-    rounded: NDArray[np.uint8] = np.rint(np.array(colours) * 255).astype(np.uint8)
-    return rounded
+    """``count`` different colours (count, 3), always the same: each far from black, white and those before it."""
+    shades = np.linspace(0, 255, 8).round()
+    grid = np.stack(np.meshgrid(shades, shades, shades, indexing="ij"), axis=-1).reshape(-1, 3)
+    distance = np.minimum((grid**2).sum(axis=1), ((grid - 255) ** 2).sum(axis=1))
+    chosen: list[NDArray[np.float64]] = []
+    for _ in range(count):
+        chosen.append(grid[distance.argmax()])
+        distance = np.minimum(distance, ((grid - chosen[-1]) ** 2).sum(axis=1))
+    return np.array(chosen).astype(np.uint8)
 
 
 def _generated(data: str, split: str | None) -> LabelledSet:

@@ -114,7 +114,7 @@ def open_source(data: str, *, match: str | None = None) -> Images:
         UserError: there is no such data, it holds no images, or ``match`` selects none.
     """
     path = Path(data).expanduser()
-    if path.is_dir():
+    if data and path.is_dir():
         images = _open_folder(path)
     elif path.is_file():
         images = _open_file(path)
@@ -197,14 +197,14 @@ def to_rgb8(image: Image.Image) -> Image.Image:
 
 
 def _read(image: Image.Image, short_side: int | None) -> Image.Image:
-    width, height = fit(image.size, short_side)
-    if (width, height) != image.size:
-        image.draft("RGB", (2 * width, 2 * height))
+    size = fit(image.size, short_side)
+    drafted = image.draft("RGB", (2 * size[0], 2 * size[1])) if size != image.size else None
     rgb = _to_rgb(image)
     if 0 in rgb.size:
         raise ValueError("it has no pixels")
-    if rgb.size != (width, height):
-        rgb = rgb.resize((width, height), Image.Resampling.BICUBIC)
+    if rgb.size != size:
+        # a draft rounds its size up: the box is what the picture fills of it
+        rgb = rgb.resize(size, Image.Resampling.BICUBIC, box=drafted[1] if drafted else None)
     return _upright(rgb, image)
 
 
