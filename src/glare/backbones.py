@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, PeftConfig
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers.utils import cached_file
 
 from glare.errors import UserError
 from glare.modeling_glare import GlareModel, vit_blocks
@@ -97,15 +98,15 @@ def _adapter_config(backbone: PreTrainedModel, kind: str, *, rank: int, scale: f
 
 def read_normalisation(name: str) -> Normalisation:
     """Mean and standard deviation from the backbone's ``preprocessor_config.json``; ImageNet's where it has none."""
-    from transformers.utils import cached_file
-
-    path = cached_file(
-        resolve_backbone(name),
-        "preprocessor_config.json",
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        _raise_exceptions_for_gated_repo=False,
-    )
+    path = None
+    if not name.endswith(".json"):
+        path = cached_file(
+            resolve_backbone(name),
+            "preprocessor_config.json",
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            _raise_exceptions_for_gated_repo=False,
+        )
     if path is None:
         return Normalisation()
     settings: dict[str, Any] = json.loads(Path(path).read_text())

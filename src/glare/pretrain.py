@@ -110,7 +110,7 @@ def run(given: Mapping[str, Any]) -> Path:
     )
 
     # data, model, and the settings that depend on them
-    model = load_backbone(recipe.backbone)
+    model, normalise = load_backbone(recipe.backbone), read_normalisation(recipe.backbone)
     source = open_source(recipe.data, match=recipe.match)
     recipe, derived = resolve(given, num_images=len(source), patch_size=model.patch_size, accelerator=accelerator)
     packed = pack(
@@ -144,7 +144,6 @@ def run(given: Mapping[str, Any]) -> Path:
     # the loop
     images = to_device(packed.images, accelerator.device)
     batches = epoch_batches(len(packed.names), recipe.batch_size, seed=recipe.seed, start=start)
-    normalise = read_normalisation(recipe.backbone)
     clock = Clock()
     bar = tqdm(total=recipe.steps, initial=start, desc="pretrain", disable=not accelerator.is_main_process)
     for step, batch in zip(range(start, recipe.steps), batches, strict=False):
