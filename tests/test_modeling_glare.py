@@ -1,7 +1,7 @@
 import copy
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from transformers import (
     pipeline,
 )
 from transformers.models.segformer.image_processing_pil_segformer import SegformerImageProcessorPil
+from transformers.utils import logging
 
 from glare import GlareBackbone, GlareConfig, GlareForSemanticSegmentation, GlareModel, UniAdapterConfig
 from glare.modeling_glare import final_norm, vit_blocks
@@ -72,6 +73,14 @@ def tokens(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
 def same_weights(a: nn.Module, b: nn.Module) -> bool:
     left, right = a.state_dict(), b.state_dict()
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """What transformers logs, which it keeps from pytest by default."""
+    logging.enable_propagation()
+    yield caplog
+    logging.disable_propagation()
 
 
 # GlareModel
@@ -164,6 +173,10 @@ def test_from_backbone_wants_the_bare_vit(make_vit: MakeVit, make_vit_config: Ca
         GlareModel.from_backbone(ViTForImageClassification(make_vit_config()))
     with pytest.raises(ValueError, match="PeftModel given"):
         GlareModel.from_backbone(get_peft_model(make_vit(), UniAdapterConfig(r=4)))
+    vit = make_vit()
+    vit.add_adapter(UniAdapterConfig(r=4))
+    with pytest.raises(ValueError, match=r"already has adapters; load it without.*`adapter_config`"):
+        GlareModel.from_backbone(vit)
 
 
 def test_final_norm_wants_a_vit() -> None:
@@ -218,6 +231,8 @@ def test_autocast(make_vit: MakeVit, images: torch.Tensor) -> None:
         assert torch.equal(model(images).last_hidden_state, expected)
         loss = segmenter(make_vit())(images, labels=torch.ones(2, 16, 24, dtype=torch.long)).loss
     assert loss.dtype == torch.float32
+    half = segmenter(make_vit()).bfloat16()
+    assert half(images.bfloat16(), labels=torch.ones(2, 16, 24, dtype=torch.long)).loss.dtype == torch.float32
 
 
 # saving and loading
@@ -233,6 +248,7 @@ def test_saved_and_loaded_is_the_same(
     for auto in (GlareModel, AutoModel):
         loaded, info = auto.from_pretrained(tmp_path / "once", output_loading_info=True)
         assert type(loaded) is GlareModel
+        assert loaded.config.backbone_config is loaded.backbone.config
         assert not any(info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
         assert same_weights(loaded, model)
         assert torch.equal(tokens(loaded, images), expected)
@@ -273,7 +289,8 @@ def test_dtype(make_vit: MakeVit, tmp_path: Path) -> None:
     model.half().save_pretrained(tmp_path / "float16")
     assert dtypes(tmp_path / "float16") == {torch.float16}
     assert dtypes(tmp_path / "float16", dtype=torch.float32) == {torch.float32}
-    rebuilt = GlareModel(GlareConfig.from_pretrained(tmp_path / "float16"))
+    AutoModel.from_pretrained(tmp_path / "float16").save_pretrained(tmp_path / "again")
+    rebuilt = GlareModel(GlareConfig.from_pretrained(tmp_path / "again"))
     assert {parameter.dtype for parameter in rebuilt.parameters()} == {torch.float32}
 
 
@@ -334,7 +351,7 @@ def test_segmenter_saved_and_loaded_is_the_same(
 
 
 def test_the_bare_model_of_a_segmenter(
-    make_vit: MakeVit, images: torch.Tensor, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    make_vit: MakeVit, images: torch.Tensor, tmp_path: Path, log: pytest.LogCaptureFixture
 ) -> None:
     model = segmenter(make_vit("deit"))
     model.save_pretrained(tmp_path)
@@ -343,7 +360,7 @@ def test_the_bare_model_of_a_segmenter(
         assert type(loaded) is expected
         assert not any(info.values())
         assert same_weights(loaded, model.glare)
-    assert not caplog.records
+    assert not log.records
     assert torch.equal(tokens(AutoModel.from_pretrained(tmp_path), images), tokens(model.glare, images))
 
 
@@ -430,14 +447,14 @@ def test_loss_without_any_counted_pixel_is_zero(make_vit: MakeVit, images: torch
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_pipeline(make_vit: MakeVit, caplog: pytest.LogCaptureFixture) -> None:
+def test_pipeline(make_vit: MakeVit, log: pytest.LogCaptureFixture) -> None:
     model = segmenter(make_vit(), id2label={0: "water", 1: "land"}, num_labels=2)
     processor = SegformerImageProcessorPil(size={"height": 16, "width": 24})
     segment = pipeline("image-segmentation", model=model, image_processor=processor)
     results = segment(Image.effect_noise((50, 30), 90).convert("RGB"))
     assert {result["label"] for result in results} <= {"water", "land"}
     assert results[0]["mask"].size == (50, 30)
-    assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
+    assert not [record for record in log.records if record.levelname in ("WARNING", "ERROR")]
 
 
 # the backbone class
@@ -525,6 +542,12 @@ def test_configuration_round_trip(family: str, make_vit_config: Callable[..., An
         assert loaded.adapter_config["peft_type"] == "LORA"
         assert loaded.adapter_config["target_modules"] == ["fc1", "o_proj"]
         assert (loaded.hidden_size, loaded.num_hidden_layers, loaded.patch_size) == (32, 3, 4)
+
+
+def test_stage_names_follow_the_vit(make_vit_config: Callable[..., Any]) -> None:
+    fields = GlareConfig(backbone_config=make_vit_config(num_hidden_layers=2)).to_dict()
+    deeper = GlareConfig(**(fields | {"backbone_config": make_vit_config(num_hidden_layers=4)}))
+    assert deeper.stage_names == ["stage1", "stage2", "stage3", "stage4"]
 
 
 def test_configuration_defaults() -> None:

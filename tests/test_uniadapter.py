@@ -1,6 +1,8 @@
 import copy
+import importlib.util
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,12 @@ from peft import (
     get_peft_model_state_dict,
     inject_adapter_in_model,
 )
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel, ViTForImageClassification
 
+from glare import uniadapter
 from glare.uniadapter import (
     UniAdapterBlock,
     UniAdapterConfig,
@@ -201,15 +205,14 @@ def test_half_precision_models_get_float32_adapters(make_vit: MakeVit, images: t
     output.float().sin().sum().backward()
     assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
 
-    lean = get_peft_model(
-        make_vit("vit").to(torch.bfloat16), UniAdapterConfig(r=4), autocast_adapter_dtype=False
-    )
-    assert {parameter.dtype for parameter in lean.parameters()} == {torch.bfloat16}
+    for targets in (None, WHOLE_BLOCKS):
+        vit = make_vit("vit").to(torch.bfloat16)
+        config = UniAdapterConfig(r=4, target_modules=targets)
+        lean = get_peft_model(vit, config, autocast_adapter_dtype=False)
+        assert {parameter.dtype for parameter in lean.parameters()} == {torch.bfloat16}
 
 
-def test_the_block_reading_adapts_hidden_states_too(
-    family: str, make_vit: MakeVit, images: torch.Tensor
-) -> None:
+def test_the_block_reading_adapts_hidden_states_too(family: str, make_vit: MakeVit, images: torch.Tensor) -> None:
     vit = make_vit(family)
     options = {"interpolate_pos_encoding": True, "output_hidden_states": True}
     with torch.no_grad():
@@ -248,9 +251,7 @@ def test_training_moves_only_adapters(
     assert all(torch.equal(value, unloaded[name]) for name, value in frozen.items())
 
 
-def test_gradient_checkpointing_gives_the_same_gradients(
-    family: str, make_vit: MakeVit, images: torch.Tensor
-) -> None:
+def test_gradient_checkpointing_gives_the_same_gradients(family: str, make_vit: MakeVit, images: torch.Tensor) -> None:
     def gradients(checkpointing: bool, targets: str | None) -> list[torch.Tensor]:
         vit = make_vit(family, pos_embed_rescale=None) if family == "dinov3_vit" else make_vit(family)
         if checkpointing:
@@ -325,6 +326,21 @@ def test_several_adapters(make_vit: MakeVit, images: torch.Tensor) -> None:
     assert torch.equal(tokens(model.unload(), images), base)
 
 
+def test_a_second_adapter_elsewhere_waits_for_its_turn(make_vit: MakeVit, images: torch.Tensor) -> None:
+    model = get_peft_model(make_vit("vit"), UniAdapterConfig(r=4), adapter_name="one").eval()
+    train_a_little(model)
+    one = tokens(model, images)
+    model.add_adapter("two", UniAdapterConfig(r=4, target_modules=["fc1"]))
+    train_a_little(model, adapter="two")
+    assert torch.equal(tokens(model, images), one)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trainable == {name for name, _ in model.named_parameters() if ".one." in name}
+    model.set_adapter("two")
+    assert not torch.equal(tokens(model, images), one)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trainable == {name for name, _ in model.named_parameters() if ".two." in name}
+
+
 def test_copies_are_independent(make_vit: MakeVit, images: torch.Tensor) -> None:
     for targets in (None, WHOLE_BLOCKS):
         student = get_peft_model(make_vit("vit"), UniAdapterConfig(r=4, target_modules=targets)).eval()
@@ -337,8 +353,10 @@ def test_copies_are_independent(make_vit: MakeVit, images: torch.Tensor) -> None
 
 
 def test_merging_is_refused_and_harms_nothing(make_vit: MakeVit, images: torch.Tensor) -> None:
-    model = get_peft_model(make_vit("vit"), UniAdapterConfig(r=4)).eval()
+    config = UniAdapterConfig(r=4, modules_to_save=["patch_embeddings"])  # replaced first when unloading
+    model = get_peft_model(make_vit("vit"), config).eval()
     train_a_little(model)
+    modules = [name for name, _ in model.named_modules()]
     before = tokens(model, images)
     layer = layers(model)[0]
     for refused in (
@@ -350,6 +368,7 @@ def test_merging_is_refused_and_harms_nothing(make_vit: MakeVit, images: torch.T
     ):
         with pytest.raises(ValueError, match=r"cannot be merged: its ReLU.*`unload\(\)`.*`peft.LoraConfig`"):
             refused()
+    assert [name for name, _ in model.named_modules()] == modules
     assert torch.equal(tokens(model, images), before)
     blocks = get_peft_model(make_vit("vit"), UniAdapterConfig(r=4, target_modules=WHOLE_BLOCKS))
     with pytest.raises(ValueError, match="cannot be merged"):
@@ -430,6 +449,27 @@ def test_add_adapter_of_transformers(make_vit: MakeVit, images: torch.Tensor, tm
 
     loaded = PeftModel.from_pretrained(make_vit("dinov2"), str(tmp_path))
     assert torch.equal(tokens(loaded, images), second)
+
+
+def test_a_second_copy_of_the_file_leaves_the_first_in_charge(make_vit: MakeVit, images: torch.Tensor) -> None:
+    # as when remote code is loaded where glare is installed
+    spec = importlib.util.spec_from_file_location("second_copy", uniadapter.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    second = importlib.util.module_from_spec(spec)
+    sys.modules["second_copy"] = second
+    try:
+        spec.loader.exec_module(second)
+        assert PEFT_TYPE_TO_CONFIG_MAPPING["UNIADAPTER"] is UniAdapterConfig
+        vit = make_vit("vit")
+        before = tokens(vit, images)
+        model = get_peft_model(vit, second.UniAdapterConfig(r=4)).eval()
+        model.add_adapter("other", UniAdapterConfig(r=4))
+        assert len(layers(model)) == 3
+        train_a_little(model)
+        assert torch.equal(tokens(model.unload(), images), before)
+    finally:
+        del sys.modules["second_copy"]
 
 
 def test_inject_adapter_in_model(make_vit: MakeVit, images: torch.Tensor) -> None:

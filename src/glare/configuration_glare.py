@@ -20,9 +20,7 @@ def _as_config(backbone_config: PreTrainedConfig | dict[str, Any] | None) -> Pre
         return backbone_config
     fields = dict(backbone_config or {"model_type": "vit"})
     if "model_type" not in fields:
-        raise ValueError(
-            "backbone_config has no `model_type`; name the ViT family, e.g. 'vit', 'deit' or 'dinov2'."
-        )
+        raise ValueError("backbone_config has no `model_type`; name the ViT family, e.g. 'vit', 'deit' or 'dinov2'.")
     return AutoConfig.for_model(**fields)
 
 
@@ -80,7 +78,8 @@ class GlareConfig(BackboneConfigMixin, PreTrainedConfig):
         if kwargs.get("attn_implementation") is None:
             # otherwise the base class would reset the choice of a ViT that is already built
             kwargs["attn_implementation"] = self._vit._attn_implementation
-        kwargs.pop("auto_map", None)
+        for derived in ("auto_map", "stage_names"):
+            kwargs.pop(derived, None)
         super().__post_init__(**kwargs)
         self.auto_map = dict(_AUTO_MAP)
 

@@ -12,6 +12,7 @@ from typing import Any, Self, cast
 import torch
 import torch.nn.functional as F
 from peft import PeftConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
@@ -92,8 +93,6 @@ class GlareModel(GlarePreTrainedModel):
             backbone = AutoModel.from_config(config.backbone_config, dtype=torch.get_default_dtype())
         if getattr(backbone, "pooler", None) is not None:
             backbone.pooler = None  # a trained projection that self-supervised ViTs do not have
-        # one object, so that settings such as the attention implementation reach the ViT
-        config.backbone_config = backbone.config
         self.backbone = backbone
         self._interpolates = "interpolate_pos_encoding" in inspect.signature(backbone.forward).parameters
         if config.adapter_config is not None:
@@ -109,13 +108,18 @@ class GlareModel(GlarePreTrainedModel):
     def from_backbone(cls, backbone: PreTrainedModel, adapter_config: PeftConfig | None = None) -> Self:
         """Wrap a ViT, without copying its weights, and inject fresh adapters; None to train all weights.
 
-        The ViT is changed in place: it gets the adapters and loses its pooler, if it has one.
+        The ViT is changed in place: it gets the adapters and loses its pooler, if it has one. Raises ValueError
+        for anything but a bare ViT.
         """
         expected = MODEL_MAPPING.get(type(backbone.config), None)
         if type(backbone) is not expected:
             raise ValueError(
                 f"{type(backbone).__name__} given; pass the bare ViT, as AutoModel.from_pretrained returns it"
                 + (f" ({expected.__name__})." if expected else ".")
+            )
+        if any(isinstance(module, BaseTunerLayer) for module in backbone.modules()):
+            raise ValueError(
+                "The ViT already has adapters; load it without them and describe them by `adapter_config`."
             )
         config = GlareConfig(
             backbone_config=backbone.config,

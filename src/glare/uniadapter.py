@@ -81,9 +81,7 @@ def _last_linear(module: nn.Module, name: str = "") -> tuple[str, nn.Linear]:
 
 def default_target_modules(model: nn.Module) -> set[str]:
     """Return the names, within a block, of the output projection of the attention: its last dense layer."""
-    return {
-        _last_linear(_base(block).get_submodule("attention"), "attention")[0] for block in vit_blocks(model)
-    }
+    return {_last_linear(_base(block).get_submodule("attention"), "attention")[0] for block in vit_blocks(model)}
 
 
 @dataclass
@@ -108,9 +106,7 @@ class UniAdapterConfig(PeftConfig):
     )
     exclude_modules: set[str] | list[str] | str | None = field(
         default=None,
-        metadata={
-            "help": "Names (or endings of names), or one regular expression, of modules to leave alone."
-        },
+        metadata={"help": "Names (or endings of names), or one regular expression, of modules to leave alone."},
     )
     modules_to_save: list[str] | None = field(
         default=None,
@@ -125,9 +121,7 @@ class UniAdapterConfig(PeftConfig):
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)
         if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
-            raise ValueError(
-                f"r={self.r!r} given; the bottleneck width must be an integer of at least 1, e.g. r=64."
-            )
+            raise ValueError(f"r={self.r!r} given; the bottleneck width must be an integer of at least 1, e.g. r=64.")
         if not isinstance(self.scale, int | float) or not math.isfinite(self.scale):
             raise ValueError(f"scale={self.scale!r} given; it must be a finite number, e.g. scale=0.1.")
         if not isinstance(self.use_bias, bool):
@@ -175,9 +169,7 @@ class UniAdapterLayer(BaseTunerLayer):
         down, up = self.uniadapter_down[adapter_name], self.uniadapter_up[adapter_name]
         return cast(nn.Linear, down), cast(nn.Linear, up)
 
-    def _get_base_layer_device_and_dtype(
-        self, base_layer: nn.Module
-    ) -> tuple[torch.device | None, torch.dtype | None]:
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
         device, dtype = super()._get_base_layer_device_and_dtype(_last_linear(base_layer)[1])
         return device, dtype
 
@@ -278,15 +270,9 @@ class UniAdapterModel(BaseTuner):
             target.update_layer(adapter_name, peft_config)
             return
         layer_cls = UniAdapterLinear if isinstance(_base(target), nn.Linear) else UniAdapterBlock
-        new_module = layer_cls(target, adapter_name, peft_config)
-        if adapter_name not in self.active_adapters:
-            # adding an additional adapter: it is not automatically trainable
-            new_module.requires_grad_(False)
-        self._replace_module(parent, target_name, new_module, target)
+        self._replace_module(parent, target_name, layer_cls(target, adapter_name, peft_config), target)
 
-    def _replace_module(
-        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
-    ) -> None:
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(new_module, self.tuner_layer_cls):
             super()._replace_module(parent, child_name, new_module, child)
         else:

@@ -1,0 +1,201 @@
+"""What a stranger meets: a folder with weights and code, with and without this package installed."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftConfig
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModel, AutoModelForSemanticSegmentation, PreTrainedModel
+
+import glare
+from glare.uniadapter import default_target_modules
+
+# stands at the head of a program: this package cannot be imported, however it is installed
+WITHOUT_GLARE = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "glare":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+try:
+    import glare
+except ModuleNotFoundError:
+    pass
+else:
+    sys.exit("glare is importable")
+"""
+
+REMOTE_CODE = (
+    WITHOUT_GLARE
+    + """
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig, AutoModel, AutoModelForSemanticSegmentation, SegformerImageProcessorPil, pipeline
+)
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+folder = Path(sys.argv[1])
+images = load_file(folder / "images.safetensors")["images"]
+results, facts = {}, {}
+
+try:
+    AutoModel.from_pretrained(folder / "model", trust_remote_code=False)
+except ValueError as error:
+    facts["refused"] = str(error)
+
+with torch.no_grad():
+    for name in ("model", "segmenter", "lora"):
+        model, info = AutoModel.from_pretrained(folder / name, trust_remote_code=True, output_loading_info=True)
+        results[name + ".tokens"] = model(images).last_hidden_state
+        facts[name + ".problems"] = sorted(problem for problem, keys in info.items() if keys)
+    facts["module"] = type(model).__module__
+
+    segmenter = AutoModelForSemanticSegmentation.from_pretrained(folder / "segmenter", trust_remote_code=True)
+    results["segmenter.logits"] = segmenter(images).logits
+
+    backbone_class = get_class_from_dynamic_module("modeling_glare.GlareBackbone", folder / "model")
+    backbone = backbone_class.from_pretrained(folder / "model")
+    results["backbone.map"] = backbone(images).feature_maps[-1]
+
+    # saved again by the remote code, then read by it
+    segmenter.save_pretrained(folder / "again")
+    again = AutoModelForSemanticSegmentation.from_pretrained(folder / "again", trust_remote_code=True)
+    results["again.logits"] = again(images).logits
+
+    # the adapter alone, in the model it was trained for
+    vit = AutoModel.from_pretrained(folder / "vit")
+    vit.load_adapter(str(folder / "adapter"))
+    results["adapter.tokens"] = vit(images, interpolate_pos_encoding=True).last_hidden_state
+
+processor = SegformerImageProcessorPil(size={"height": 16, "width": 24})
+segment = pipeline("image-segmentation", model=segmenter, image_processor=processor)
+facts["labels"] = sorted({segmenter.config.id2label[i] for i in segmenter.config.id2label})
+facts["glare"] = sorted(name for name in sys.modules if name.split(".")[0] == "glare")
+
+save_file({name: value.contiguous() for name, value in results.items()}, folder / "results.safetensors")
+(folder / "facts.json").write_text(json.dumps(facts))
+"""
+)
+
+LIGHT_IMPORT = """
+import sys
+import transformers, peft
+before = set(sys.modules)
+import glare
+heavy = ("datasets", "evaluate", "tensorboard", "matplotlib", "gradio", "glare.data", "glare.pretrain", "glare.cli")
+loaded = sorted(set(sys.modules) - before)
+sys.exit(", ".join(name for name in loaded if name.startswith(heavy)) or 0)
+"""
+
+LABELS = {0: "water", 1: "land", 2: "road"}
+
+
+def run(program: str, *arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a program in a fresh interpreter, elsewhere, and return what it printed; fail if it fails."""
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | environment
+    result = subprocess.run(
+        [sys.executable, "-c", program, *arguments], cwd=cwd, env=variables, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def train_a_little(model: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "uniadapter_" in name or "lora_" in name:
+                parameter.normal_(std=0.5, generator=generator)
+
+
+@pytest.fixture
+def published(make_vit: Callable[..., PreTrainedModel], images: torch.Tensor, tmp_path: Path) -> Path:
+    """A folder with a saved model, segmenter, adapter, their ViT, and a model with LoRA."""
+
+    def model(config: PeftConfig) -> glare.GlareModel:
+        adapted = glare.GlareModel.from_backbone(make_vit("deit"), config).eval()
+        train_a_little(adapted)
+        return adapted
+
+    make_vit("deit").save_pretrained(tmp_path / "vit")
+    adapted = model(glare.UniAdapterConfig(r=4))
+    adapted.save_pretrained(tmp_path / "model")
+    adapted.save_adapter(tmp_path / "adapter", base_model="someone/some-vit")
+    torch.manual_seed(0)
+    segmenter = glare.GlareForSemanticSegmentation.from_model(
+        adapted, id2label=LABELS, fpn_channels=16, head_channels=8
+    )
+    segmenter.eval().save_pretrained(tmp_path / "segmenter")
+    targets = default_target_modules(make_vit("deit"))
+    model(LoraConfig(r=4, target_modules=targets)).save_pretrained(tmp_path / "lora")
+    save_file({"images": images}, tmp_path / "images.safetensors")
+    return tmp_path
+
+
+def test_remote_code_gives_the_same_bits_where_glare_is_absent(published: Path, images: torch.Tensor) -> None:
+    result = run(REMOTE_CODE, str(published), cwd=published, HF_HOME=str(published / "hf_home"))
+    facts = json.loads((published / "facts.json").read_text())
+    results = load_file(published / "results.safetensors")
+
+    with torch.no_grad():
+        model = AutoModel.from_pretrained(published / "model")
+        outputs = model(images, output_hidden_states=True)
+        lora = AutoModel.from_pretrained(published / "lora")(images).last_hidden_state
+        segmenter = AutoModelForSemanticSegmentation.from_pretrained(published / "segmenter")
+        logits = segmenter(images).logits
+    for name in ("model.tokens", "segmenter.tokens", "adapter.tokens"):
+        assert torch.equal(results[name], outputs.last_hidden_state), name
+    assert torch.equal(results["lora.tokens"], lora)
+    assert torch.equal(results["segmenter.logits"], logits)
+    assert torch.equal(results["again.logits"], logits)
+    assert torch.equal(results["backbone.map"], model.patch_maps(outputs.hidden_states[-1], images))
+
+    assert facts["module"].startswith("transformers_modules.")
+    assert facts["glare"] == []
+    assert "trust_remote_code=True" in facts["refused"]
+    assert facts["labels"] == sorted(LABELS.values())
+    assert [facts[f"{name}.problems"] for name in ("model", "segmenter", "lora")] == [[], [], []]
+    assert "not supported" not in result.stderr
+    assert {path.name for path in (published / "again").iterdir()} == {
+        path.name for path in (published / "segmenter").iterdir()
+    }
+
+
+def test_the_installed_package_is_preferred_to_remote_code(published: Path) -> None:
+    model = AutoModel.from_pretrained(published / "segmenter", trust_remote_code=True)
+    assert type(model) is glare.GlareModel
+
+
+def test_importing_glare_is_light(tmp_path: Path) -> None:
+    run(LIGHT_IMPORT, cwd=tmp_path, PYTHONPATH=str(Path(glare.__file__).parents[1]))
+
+
+def test_code_files_import_only_what_they_may() -> None:
+    sources = Path(glare.__file__).parent
+    flat = ("configuration_glare", "modeling_glare", "segmentation_heads", "uniadapter")
+    allowed = {"torch", "transformers", "peft", *(f".{name}" for name in flat)}
+    for name in flat:
+        for line in (sources / f"{name}.py").read_text().splitlines():
+            words = line.split()
+            if line.startswith(("import ", "from ")):
+                module = words[1] if words[1].startswith(".") else words[1].split(".")[0]
+                assert module in allowed or module in sys.stdlib_module_names, line
+
+
+def test_public_names() -> None:
+    assert sorted(glare.__all__) == glare.__all__
+    assert all(hasattr(glare, name) for name in glare.__all__)
