@@ -42,9 +42,7 @@ def option(default: T, help: str, *, choices: Sequence[object] | None = None, po
 
 def required(help: str, *, choices: Sequence[object] | None = None, positional: bool = False) -> Any:
     """A field that the user must give, passed by keyword only; the other arguments as in ``option``."""
-    return dataclasses.field(
-        kw_only=True, metadata={"help": help, "choices": choices, "positional": positional}
-    )
+    return dataclasses.field(kw_only=True, metadata={"help": help, "choices": choices, "positional": positional})
 
 
 def parse(recipe_class: type[R], argv: Sequence[str], *, prog: str, description: str = "") -> R:
@@ -56,9 +54,7 @@ def parse(recipe_class: type[R], argv: Sequence[str], *, prog: str, description:
     return _parse(recipe_class, argv, prog=prog, description=description)[0]
 
 
-def parse_given(
-    recipe_class: type[R], argv: Sequence[str], *, prog: str, description: str = ""
-) -> dict[str, Any]:
+def parse_given(recipe_class: type[R], argv: Sequence[str], *, prog: str, description: str = "") -> dict[str, Any]:
     """As ``parse``, but only the keys the user set, typed, nested ones as dicts; for ``from_dict``."""
     recipe, values = _parse(recipe_class, argv, prog=prog, description=description)
     return _pick(recipe, values)
@@ -99,9 +95,7 @@ def nearest(name: str, candidates: Sequence[str]) -> str:
     return max(candidates, key=likeness)
 
 
-def _parse(
-    recipe_class: type[R], argv: Sequence[str], *, prog: str, description: str
-) -> tuple[R, dict[str, Any]]:
+def _parse(recipe_class: type[R], argv: Sequence[str], *, prog: str, description: str) -> tuple[R, dict[str, Any]]:
     keys = list(_keys(recipe_class))
     description = description or (recipe_class.__doc__ or "").strip()
     known, extra = _parser(keys, prog=prog, description=description).parse_known_intermixed_args(list(argv))
@@ -126,8 +120,7 @@ def _pick(recipe: "DataclassInstance", values: Mapping[str, Any]) -> dict[str, A
     """What ``recipe`` holds under the keys of ``values``."""
     typed = {name: getattr(recipe, name) for name in values}
     return {
-        name: _pick(typed[name], value) if isinstance(value, dict) else typed[name]
-        for name, value in values.items()
+        name: _pick(typed[name], value) if isinstance(value, dict) else typed[name] for name, value in values.items()
     }
 
 
@@ -165,9 +158,7 @@ class _Key:
         if self.choices:
             return "{" + ",".join(map(str, self.choices)) + "}"
         words = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
-        inner = [
-            words.get(member, "A,B,...") for member in members(self.annotation) if member is not type(None)
-        ]
+        inner = [words.get(member, "A,B,...") for member in members(self.annotation) if member is not type(None)]
         return inner[0]
 
 
@@ -227,17 +218,13 @@ def _parser(keys: Sequence[_Key], *, prog: str, description: str) -> _Parser:
     )
     groups = {must: parser.add_argument_group("required" if must else "options") for must in (True, False)}
     groups[False].add_argument("-h", "--help", action="help", help="show this and exit")
-    groups[False].add_argument(
-        "--recipe", metavar="FILE", default=argparse.SUPPRESS, help="YAML file of these keys"
-    )
+    groups[False].add_argument("--recipe", metavar="FILE", default=argparse.SUPPRESS, help="YAML file of these keys")
     for key in own:
         form: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
         if bool not in members(key.annotation):
             form = {"metavar": key.metavar}
         text = key.described.replace("%", "%%")
-        groups[key.required].add_argument(
-            _as_argument(key.name), default=argparse.SUPPRESS, help=text, **form
-        )
+        groups[key.required].add_argument(_as_argument(key.name), default=argparse.SUPPRESS, help=text, **form)
     parser.add_argument(
         "_free",
         nargs="*",
@@ -304,9 +291,7 @@ def _build(recipe_class: type[Any], mapping: Mapping[str, Any], *, prefix: str, 
     for field in _fields(recipe_class):
         if field.name in mapping:
             default = _default(field) if base is None else getattr(base, field.name)
-            values[field.name] = _value(
-                field, hints[field.name], mapping[field.name], prefix=prefix, base=default
-            )
+            values[field.name] = _value(field, hints[field.name], mapping[field.name], prefix=prefix, base=default)
     missing = [
         field.name.upper() if field.metadata.get("positional") else _as_argument(prefix + field.name)
         for field in _fields(recipe_class)

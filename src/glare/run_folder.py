@@ -75,9 +75,7 @@ class RunFolder:
             _check_used(path, resume=resume)
         above = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
         if not above.is_dir() or not os.access(above, os.W_OK):
-            raise UserError(
-                f"the output {path} cannot be made, {above} is no folder one may write to; give another"
-            )
+            raise UserError(f"the output {path} cannot be made, {above} is no folder one may write to; give another")
 
     @classmethod
     def create(cls, path: Path, *, resume: bool | None = None, write: bool = True) -> "RunFolder":
@@ -119,9 +117,7 @@ class RunFolder:
         (self.path / "checkpoints").mkdir(exist_ok=True)
         with self.publish(f"checkpoints/step_{step:06d}") as folder:
             # safetensors refuses tensors that share memory or have gaps
-            packed = {
-                name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()
-            }
+            packed = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
             save_file(packed, folder / "state.safetensors")
             (folder / "state.json").write_text(json.dumps({"step": step, "state": state}), encoding="utf-8")
         for old in self._checkpoints()[keep:]:
@@ -217,16 +213,10 @@ def _sync(path: Path) -> None:
 def _check_used(path: Path, *, resume: bool | None) -> None:
     """Raise UserError for a folder with something in it, unless it is a run to go on with."""
     if not resume:
-        remedy = (
-            "give another --output"
-            if resume is None
-            else "give another --output, or --resume to go on with it"
-        )
+        remedy = "give another --output" if resume is None else "give another --output, or --resume to go on with it"
         raise UserError(f"the output folder {path} is in use; {remedy}")
     if not (path / "recipe.yaml").exists():
-        raise UserError(
-            f"the output folder {path} holds no run to --resume (no recipe.yaml); give another --output"
-        )
+        raise UserError(f"the output folder {path} holds no run to --resume (no recipe.yaml); give another --output")
 
 
 def _check_same(file: Path, recipe: "DataclassInstance") -> None:
@@ -248,9 +238,7 @@ def _check_same(file: Path, recipe: "DataclassInstance") -> None:
 def _flatten(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        inner = (
-            _flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-        )
+        inner = _flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
         flat |= inner
     return flat
 

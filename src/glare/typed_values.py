@@ -72,9 +72,7 @@ def _read_member(annotation: Any, value: Any) -> Any:
 
 def _read_literal(allowed: tuple[Any, ...], value: Any) -> Any:
     for choice in allowed:
-        if (isinstance(value, Text) and str(choice) == value) or (
-            type(choice) is type(value) and choice == value
-        ):
+        if (isinstance(value, Text) and str(choice) == value) or (type(choice) is type(value) and choice == value):
             return choice
     raise MismatchError
 
