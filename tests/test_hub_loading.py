@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftConfig
 from safetensors.torch import load_file, save_file
-from torch import nn
+from tiny_models import train_a_little
 from transformers import AutoModel, AutoModelForSemanticSegmentation, PreTrainedModel
 
 import glare
@@ -112,14 +112,6 @@ def run(program: str, *arguments: str, cwd: Path, **environment: str) -> subproc
     )
     assert result.returncode == 0, result.stderr
     return result
-
-
-def train_a_little(model: nn.Module) -> None:
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "uniadapter_" in name or "lora_" in name:
-                parameter.normal_(std=0.5, generator=generator)
 
 
 @pytest.fixture

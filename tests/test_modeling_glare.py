@@ -1,21 +1,19 @@
 import copy
-import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import get_peft_model
 from PIL import Image
+from tiny_models import ADAPTERS, adapted_model, adapter_config, same_weights, segmenter, tokens, train_a_little
 from torch import nn
 from transformers import (
     AutoBackbone,
-    AutoConfig,
     AutoModel,
-    AutoModelForSemanticSegmentation,
     PreTrainedModel,
     UperNetConfig,
     UperNetForSemanticSegmentation,
@@ -23,64 +21,14 @@ from transformers import (
     pipeline,
 )
 from transformers.models.segformer.image_processing_pil_segformer import SegformerImageProcessorPil
-from transformers.utils import logging
 
 from glare import GlareBackbone, GlareConfig, GlareForSemanticSegmentation, GlareModel, UniAdapterConfig
 from glare.modeling_glare import final_norm, vit_blocks
-from glare.uniadapter import default_target_modules
 
 # PEFT asks transformers 5.23 for a property that is about to be renamed
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 MakeVit = Callable[..., PreTrainedModel]
-ADAPTERS = ["uniadapter", "lora", "full"]
-FRESH_HEAD = {"num_labels": 5, "fpn_channels": 16, "head_channels": 8}
-
-
-def adapter_config(kind: str, vit: PreTrainedModel) -> PeftConfig | None:
-    if kind == "full":
-        return None
-    if kind == "lora":
-        return LoraConfig(r=4, target_modules=default_target_modules(vit))
-    return UniAdapterConfig(r=4)
-
-
-def train_a_little(model: nn.Module) -> None:
-    """Stand for training: give the adapters random values."""
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "uniadapter_" in name or "lora_" in name:
-                parameter.normal_(std=0.5, generator=generator)
-
-
-def adapted_model(vit: PreTrainedModel, kind: str = "uniadapter") -> GlareModel:
-    model = GlareModel.from_backbone(vit, adapter_config(kind, vit)).eval()
-    train_a_little(model)
-    return model
-
-
-def segmenter(vit: PreTrainedModel, kind: str = "uniadapter", **options: Any) -> GlareForSemanticSegmentation:
-    torch.manual_seed(0)
-    return GlareForSemanticSegmentation.from_model(adapted_model(vit, kind), **(FRESH_HEAD | options)).eval()
-
-
-def tokens(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return model(images).last_hidden_state
-
-
-def same_weights(a: nn.Module, b: nn.Module) -> bool:
-    left, right = a.state_dict(), b.state_dict()
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
-
-
-@pytest.fixture
-def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """What transformers logs, which it keeps from pytest by default."""
-    logging.enable_propagation()
-    yield caplog
-    logging.disable_propagation()
 
 
 # GlareModel
@@ -235,144 +183,7 @@ def test_autocast(make_vit: MakeVit, images: torch.Tensor) -> None:
     assert half(images.bfloat16(), labels=torch.ones(2, 16, 24, dtype=torch.long)).loss.dtype == torch.float32
 
 
-# saving and loading
-
-
-@pytest.mark.parametrize("kind", ADAPTERS)
-def test_saved_and_loaded_is_the_same(
-    family: str, kind: str, make_vit: MakeVit, images: torch.Tensor, tmp_path: Path
-) -> None:
-    model = adapted_model(make_vit(family), kind)
-    expected = tokens(model, images)
-    model.save_pretrained(tmp_path / "once")
-    for auto in (GlareModel, AutoModel):
-        loaded, info = auto.from_pretrained(tmp_path / "once", output_loading_info=True)
-        assert type(loaded) is GlareModel
-        assert loaded.config.backbone_config is loaded.backbone.config
-        assert not any(info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-        assert same_weights(loaded, model)
-        assert torch.equal(tokens(loaded, images), expected)
-    loaded.save_pretrained(tmp_path / "twice")
-    assert same_weights(GlareModel.from_pretrained(tmp_path / "twice"), model)
-
-
-def test_what_is_saved(make_vit: MakeVit, tmp_path: Path) -> None:
-    segmenter(make_vit()).save_pretrained(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "config.json",
-        "model.safetensors",
-        "configuration_glare.py",
-        "modeling_glare.py",
-        "segmentation_heads.py",
-        "uniadapter.py",
-    }
-    config = json.loads((tmp_path / "config.json").read_text())
-    assert config["auto_map"] == {
-        "AutoConfig": "configuration_glare.GlareConfig",
-        "AutoModel": "modeling_glare.GlareModel",
-        "AutoBackbone": "modeling_glare.GlareBackbone",
-        "AutoModelForSemanticSegmentation": "modeling_glare.GlareForSemanticSegmentation",
-    }
-    assert config["architectures"] == ["GlareForSemanticSegmentation"]
-    assert config["backbone_config"]["model_type"] == "vit"
-    assert config["adapter_config"]["peft_type"] == "UNIADAPTER"
-
-
-def test_dtype(make_vit: MakeVit, tmp_path: Path) -> None:
-    def dtypes(folder: Path, **options: Any) -> set[torch.dtype]:
-        return {parameter.dtype for parameter in AutoModel.from_pretrained(folder, **options).parameters()}
-
-    model = adapted_model(make_vit("dinov2"))
-    model.save_pretrained(tmp_path / "float32")
-    assert dtypes(tmp_path / "float32") == {torch.float32}
-    assert dtypes(tmp_path / "float32", dtype=torch.float16) == {torch.float16}
-    model.half().save_pretrained(tmp_path / "float16")
-    assert dtypes(tmp_path / "float16") == {torch.float16}
-    assert dtypes(tmp_path / "float16", dtype=torch.float32) == {torch.float32}
-    AutoModel.from_pretrained(tmp_path / "float16").save_pretrained(tmp_path / "again")
-    rebuilt = GlareModel(GlareConfig.from_pretrained(tmp_path / "again"))
-    assert {parameter.dtype for parameter in rebuilt.parameters()} == {torch.float32}
-
-
-@pytest.mark.parametrize("kind", ["uniadapter", "lora"])
-def test_save_adapter(family: str, kind: str, make_vit: MakeVit, images: torch.Tensor, tmp_path: Path) -> None:
-    model = adapted_model(make_vit(family), kind)
-    expected = tokens(model, images)
-    model.save_adapter(tmp_path, base_model="someone/some-vit")
-    assert {path.name for path in tmp_path.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
-    assert PeftConfig.from_pretrained(str(tmp_path)).base_model_name_or_path == "someone/some-vit"
-
-    def output(vit: nn.Module) -> torch.Tensor:
-        with torch.no_grad():
-            return vit(images, interpolate_pos_encoding=True).last_hidden_state
-
-    assert torch.equal(output(PeftModel.from_pretrained(make_vit(family), str(tmp_path))), expected)
-    vit = make_vit(family)
-    vit.load_adapter(str(tmp_path))
-    assert torch.equal(output(vit), expected)
-    assert torch.equal(tokens(model, images), expected)
-
-
-def test_save_adapter_names_the_loaded_base(make_vit: MakeVit, tmp_path: Path) -> None:
-    make_vit().save_pretrained(tmp_path / "vit")
-    vit = AutoModel.from_pretrained(tmp_path / "vit")
-    adapted_model(vit).save_adapter(tmp_path / "adapter")
-    assert PeftConfig.from_pretrained(str(tmp_path / "adapter")).base_model_name_or_path == str(tmp_path / "vit")
-
-
-def test_save_adapter_without_adapters(make_vit: MakeVit, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no adapters to save.*save_pretrained"):
-        adapted_model(make_vit(), "full").save_adapter(tmp_path / "adapter")
-    assert not (tmp_path / "adapter").exists()
-
-
 # segmentation
-
-
-@pytest.mark.parametrize("head", ["linear", "fpn"])
-@pytest.mark.parametrize("kind", ADAPTERS)
-def test_segmenter_saved_and_loaded_is_the_same(
-    family: str, kind: str, head: str, make_vit: MakeVit, images: torch.Tensor, tmp_path: Path
-) -> None:
-    model = segmenter(make_vit(family), kind, head=head)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.running_mean)
-    with torch.no_grad():
-        expected = model(images).logits
-    assert expected.shape == (2, 5, 4, 6)
-    model.save_pretrained(tmp_path)
-    for auto in (GlareForSemanticSegmentation, AutoModelForSemanticSegmentation):
-        loaded, info = auto.from_pretrained(tmp_path, output_loading_info=True)
-        assert not any(info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-        assert same_weights(loaded, model)
-        with torch.no_grad():
-            assert torch.equal(loaded(images).logits, expected)
-
-
-def test_the_bare_model_of_a_segmenter(
-    make_vit: MakeVit, images: torch.Tensor, tmp_path: Path, log: pytest.LogCaptureFixture
-) -> None:
-    model = segmenter(make_vit("deit"))
-    model.save_pretrained(tmp_path)
-    for auto, expected in ((AutoModel, GlareModel), (GlareBackbone, GlareBackbone)):
-        loaded, info = auto.from_pretrained(tmp_path, output_loading_info=True)
-        assert type(loaded) is expected
-        assert not any(info.values())
-        assert same_weights(loaded, model.glare)
-    assert not log.records
-    assert torch.equal(tokens(AutoModel.from_pretrained(tmp_path), images), tokens(model.glare, images))
-
-
-def test_a_fresh_head_on_a_saved_model(make_vit: MakeVit, tmp_path: Path) -> None:
-    model = adapted_model(make_vit())
-    model.save_pretrained(tmp_path)
-    loaded, info = GlareForSemanticSegmentation.from_pretrained(tmp_path, num_labels=7, output_loading_info=True)
-    assert loaded.config.num_labels == loaded.head.classifier.out_channels == 7
-    assert info["missing_keys"] == {name for name in loaded.state_dict() if name.startswith("head.")}
-    assert not info["unexpected_keys"]
-    assert same_weights(loaded.glare, model)
-    assert torch.isfinite(loaded(torch.zeros(1, 3, 16, 16)).logits).all()
 
 
 def test_from_model_shares_the_weights(make_vit: MakeVit) -> None:
@@ -512,63 +323,3 @@ def test_upernet(family: str, kind: str, make_vit: MakeVit, tmp_path: Path, imag
         maps, expected = loaded.backbone(images).feature_maps, upernet.backbone(images).feature_maps
         assert all(map(torch.equal, maps, expected))
         torch.testing.assert_close(loaded(images).logits, upernet(images).logits)
-
-
-# the configuration
-
-
-@pytest.mark.parametrize(
-    ("depth", "taps"), [(12, [2, 5, 8, 11]), (24, [5, 11, 17, 23]), (5, [1, 2, 3, 4]), (2, [0, 1]), (1, [0])]
-)
-def test_default_taps(depth: int, taps: list[int], make_vit_config: Callable[..., Any]) -> None:
-    config = GlareConfig(backbone_config=make_vit_config(num_hidden_layers=depth))
-    assert config.out_indices == taps
-    assert config.out_features == [f"stage{block + 1}" for block in taps]
-
-
-def test_configuration_round_trip(family: str, make_vit_config: Callable[..., Any], tmp_path: Path) -> None:
-    config = GlareConfig(
-        backbone_config=make_vit_config(family),
-        adapter_config=LoraConfig(r=4, target_modules=["o_proj", "fc1"]).to_dict(),
-        head="linear",
-        out_features=["stage2"],
-        id2label={0: "water", 1: "land"},
-    )
-    config.save_pretrained(tmp_path)
-    for loaded in (GlareConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
-        assert type(loaded) is GlareConfig
-        assert type(loaded.backbone_config) is type(config.backbone_config)
-        assert loaded.to_dict() | {"_name_or_path": ""} == config.to_dict()
-        assert loaded.adapter_config["peft_type"] == "LORA"
-        assert loaded.adapter_config["target_modules"] == ["fc1", "o_proj"]
-        assert (loaded.hidden_size, loaded.num_hidden_layers, loaded.patch_size) == (32, 3, 4)
-
-
-def test_stage_names_follow_the_vit(make_vit_config: Callable[..., Any]) -> None:
-    fields = GlareConfig(backbone_config=make_vit_config(num_hidden_layers=2)).to_dict()
-    deeper = GlareConfig(**(fields | {"backbone_config": make_vit_config(num_hidden_layers=4)}))
-    assert deeper.stage_names == ["stage1", "stage2", "stage3", "stage4"]
-
-
-def test_configuration_defaults() -> None:
-    config = GlareConfig()
-    assert (config.backbone_config.model_type, config.patch_size, config.adapter_config) == ("vit", 16, None)
-    assert (config.head, config.fpn_channels, config.head_channels, config.pyramid) == ("fpn", 256, 128, False)
-    assert (config.head_dropout, config.ignore_index, config.num_labels) == (0.1, 255, 2)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"head": "upernet"}, "head='upernet' given; choose 'linear' or 'fpn'"),
-        ({"head_dropout": 1.0}, "head_dropout=1.0 given"),
-        ({"adapter_config": {"r": 4}}, r"no `peft_type`.*`to_dict\(\)`"),
-        ({"backbone_config": {"hidden_size": 32}}, r"no `model_type`.*'vit', 'deit' or 'dinov2'"),
-        ({"backbone_config": {"model_type": "vit", "patch_size": [4, 8]}}, "only square patches"),
-        ({"out_indices": [12]}, "out_indices must be valid indices"),
-        ({"out_features": ["stem"]}, "out_features must be a subset"),
-    ],
-)
-def test_bad_configurations_say_what_to_do(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        GlareConfig(**fields)
