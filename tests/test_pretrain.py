@@ -19,6 +19,7 @@ from transformers import AutoModel, PreTrainedModel
 from glare import pretrain, recipes
 from glare.errors import UserError
 from glare.pretrain import PretrainRecipe
+from glare.pretrain_plan import Plan
 
 ROOT = Path(__file__).parents[1]
 SMALL = {
@@ -119,7 +120,7 @@ def test_stop_and_resume_equal_the_run_without_a_stop(
     given: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
     straight = pretrain.run(given("straight", precision=precision))
-    monkeypatch.setattr(pretrain, "learning_rate", stop_at(3, pretrain.learning_rate))
+    monkeypatch.setattr(Plan, "learning_rate_at", stop_at(3, Plan.learning_rate_at))
     with pytest.raises(KeyboardInterrupt):
         pretrain.run(given("stopped", precision=precision))
     monkeypatch.undo()
@@ -129,11 +130,11 @@ def test_stop_and_resume_equal_the_run_without_a_stop(
     assert_same(load_file(straight / "model/model.safetensors"), load_file(resumed / "model/model.safetensors"))
 
 
-def stop_at(step: int, function: Callable[[PretrainRecipe, int], float]) -> Callable[[PretrainRecipe, int], float]:
-    def stopping(recipe: PretrainRecipe, now: int) -> float:
+def stop_at(step: int, function: Callable[[Plan, int], float]) -> Callable[[Plan, int], float]:
+    def stopping(plan: Plan, now: int) -> float:
         if now == step:
             raise KeyboardInterrupt
-        return function(recipe, now)
+        return function(plan, now)
 
     return stopping
 
@@ -217,8 +218,8 @@ def test_bad_images_are_skipped_and_counted_or_stop_a_strict_run(
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
     given: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = pretrain.teacher_temperature
-    monkeypatch.setattr(pretrain, "teacher_temperature", lambda r, step: float("nan") if step == 2 else real(r, step))
+    real = Plan.temperature_at
+    monkeypatch.setattr(Plan, "temperature_at", lambda plan, step: float("nan") if step == 2 else real(plan, step))
     asked = given("run")
     with pytest.raises(UserError, match=r"nan at step 3 .*learning_rate.*--resume"):
         pretrain.run(asked)

@@ -91,7 +91,7 @@ def adapt(model: GlareModel, kind: str, *, rank: int, scale: float) -> GlareMode
 def _adapter_config(backbone: PreTrainedModel, kind: str, *, rank: int, scale: float) -> PeftConfig:
     if kind == "uniadapter":
         return UniAdapterConfig(r=rank, scale=scale)
-    attention = vit_blocks(backbone)[0].attention
+    attention = vit_blocks(backbone)[0].get_submodule("attention")
     targets = [name.rsplit(".", 1)[-1] for name, child in attention.named_modules() if isinstance(child, nn.Linear)]
     return LoraConfig(r=rank, lora_alpha=scale * rank, target_modules=targets)
 

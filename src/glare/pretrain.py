@@ -1,6 +1,5 @@
 """``glare pretrain``: adapt a self-supervised ViT to unlabelled images (paper sections 3.2, 4 and 5)."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from glare.errors import UserError
 from glare.modeling_glare import GlareModel
 from glare.objectives.base import Terms
 from glare.objectives.glare import GlareObjective, GlareSettings
+from glare.pretrain_plan import Plan, derive_model, derive_optimisation, derive_steps, flatten, overlay
 from glare.recipes import option, required
 from glare.run_folder import RunFolder
 from glare.runtime import (
@@ -31,9 +31,7 @@ from glare.runtime import (
     make_accelerator,
     seeded,
 )
-from glare.schedules import cosine, linear, warmup_cosine
 from glare.segmenters import image_processor
-from glare.small_data import derive_model, derive_optimisation, derive_steps, flatten, overlay
 from glare.student import Student
 from glare.teacher import make_teacher, update_teacher
 from glare.train_state import TrainState, clip_each, parameter_groups
@@ -86,7 +84,7 @@ class PretrainRecipe:
     precision: str = option("auto", "auto: bf16 where the processor has it", choices=PRECISIONS)
     checkpoint_every: int = option(100, "steps between checkpoints")
     log_every: int = option(10, "steps between lines of metrics.jsonl")
-    num_workers: int = option(8, "threads that decode images")
+    num_workers: int | None = option(None, "threads that decode images; one a core where not given")
     report_to: str = option("tensorboard", "trackers besides metrics.jsonl", choices=TRACKERS)
     resume: bool = option(False, "go on from the last checkpoint of the output folder")
     views: ViewConfig = option(ViewConfig(), "views")
@@ -113,6 +111,7 @@ def run(given: Mapping[str, Any]) -> Path:
     model, normalise = load_backbone(recipe.backbone), read_normalisation(recipe.backbone)
     source = open_source(recipe.data, match=recipe.match)
     recipe, derived = resolve(given, num_images=len(source), patch_size=model.patch_size, accelerator=accelerator)
+    plan = Plan.of(recipe)
     packed = pack(
         source,
         short_side=recipe.image_size or None,
@@ -120,7 +119,7 @@ def run(given: Mapping[str, Any]) -> Path:
         workers=recipe.num_workers,
         progress=accelerator.is_main_process,
     )
-    accelerator.print(describe(recipe, packed, derived))
+    accelerator.print(describe(plan, packed, derived))
 
     # student, teacher, optimizer
     torch.manual_seed(recipe.seed)
@@ -143,10 +142,10 @@ def run(given: Mapping[str, Any]) -> Path:
 
     # the loop
     images = to_device(packed.images, accelerator.device)
-    batches = epoch_batches(len(packed.names), recipe.batch_size, seed=recipe.seed, start=start)
+    batches = epoch_batches(len(packed.names), plan.batch_size, seed=recipe.seed, start=start)
     clock = Clock()
-    bar = tqdm(total=recipe.steps, initial=start, desc="pretrain", disable=not accelerator.is_main_process)
-    for step, batch in zip(range(start, recipe.steps), batches, strict=False):
+    bar = tqdm(total=plan.steps, initial=start, desc="pretrain", disable=not accelerator.is_main_process)
+    for step, batch in zip(range(start, plan.steps), batches, strict=False):
         with clock.measure("data"):
             views = cut_views(
                 images,
@@ -158,16 +157,16 @@ def run(given: Mapping[str, Any]) -> Path:
                 normalise=normalise,
             )
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(recipe, step)
+            group["lr"] = plan.learning_rate_at(step)
         terms, grad_norm = train_step(state, wrapped, views, recipe, accelerator, step=step)
         bar.update()
-        if (step + 1) % recipe.log_every == 0 or step + 1 == recipe.steps:
-            values = measurements(terms, grad_norm, recipe, step, clock)
+        if (step + 1) % recipe.log_every == 0 or step + 1 == plan.steps:
+            values = measurements(terms, grad_norm, plan, step, clock, log_every=recipe.log_every)
             folder.log(step + 1, **values)
             accelerator.log(values, step=step + 1)
             bar.set_postfix_str(progress_text(values))
             clock = Clock()
-        if (step + 1) % recipe.checkpoint_every == 0 or step + 1 == recipe.steps:
+        if (step + 1) % recipe.checkpoint_every == 0 or step + 1 == plan.steps:
             folder.write_checkpoint(step + 1, state.tensors(), {})
     bar.close()
     accelerator.end_training()
@@ -208,16 +207,14 @@ def resolve(
     return recipe, chosen
 
 
-def describe(recipe: PretrainRecipe, packed: Packed, derived: Mapping[str, Any]) -> str:
+def describe(plan: Plan, packed: Packed, derived: Mapping[str, Any]) -> str:
     """What is about to happen, for the user: the data, what was skipped and what was chosen."""
     count, pixels = len(packed.names), packed.images.pixels.nbytes
     lines = [f"{count} images ({pixels / 2**20:.0f} MiB decoded), {len(packed.skipped)} skipped"]
     lines += [f"  skipped {name}: {reason}" for name, reason in packed.skipped[:10]]
     if len(packed.skipped) > 10:
         lines.append(f"  ... and {len(packed.skipped) - 10} more")
-    lines.append(
-        f"{recipe.steps} steps of {recipe.batch_size} images = {recipe.steps * recipe.batch_size / count:.1f} passes"
-    )
+    lines.append(f"{plan.steps} steps of {plan.batch_size} images = {plan.steps * plan.batch_size / count:.1f} passes")
     if derived:
         lines.append("chosen from the data: " + ", ".join(f"{key}={value}" for key, value in derived.items()))
     return "\n".join(lines)
@@ -257,31 +254,6 @@ def cut_views(
     return make_views(images, index, recipe.views, patch_size=patch_size, normalise=normalise, generator=generator)
 
 
-def learning_rate(recipe: PretrainRecipe, step: int) -> float:
-    """Linear warm-up and cosine."""
-    assert recipe.steps and recipe.learning_rate is not None and recipe.warmup_steps is not None
-    return warmup_cosine(
-        step,
-        steps=recipe.steps,
-        warmup=recipe.warmup_steps,
-        peak=recipe.learning_rate,
-        end=min(recipe.min_learning_rate, recipe.learning_rate),
-    )
-
-
-def teacher_momentum(recipe: PretrainRecipe, step: int) -> float:
-    """Cosine from ``momentum`` to ``momentum_end``."""
-    assert recipe.steps and recipe.momentum is not None and recipe.momentum_end is not None
-    return cosine(step, steps=recipe.steps, start=recipe.momentum, end=recipe.momentum_end)
-
-
-def teacher_temperature(recipe: PretrainRecipe, step: int) -> float:
-    """Linear ramp over the first ``temperature_ramp`` of the steps."""
-    assert recipe.steps
-    start, end = recipe.teacher_temperature
-    return linear(step, steps=round(recipe.temperature_ramp * recipe.steps), start=start, end=end)
-
-
 def train_step(
     state: "TrainState",
     wrapped: nn.Module,
@@ -292,13 +264,14 @@ def train_step(
     step: int,
 ) -> tuple[Terms, Tensor]:
     """One optimizer step, then the teacher and the centres follow. Raises UserError when the loss is not finite."""
+    plan = Plan.of(recipe)
     with accelerator.autocast():
         features = state.teacher.target_features(views)
         terms: Terms = wrapped(
             views,
             features,
             target=state.teacher,
-            temperature=teacher_temperature(recipe, step),
+            temperature=plan.temperature_at(step),
             generator=seeded(recipe.seed, step, accelerator.process_index, 1),
         )
     if not torch.isfinite(terms.total):
@@ -309,13 +282,12 @@ def train_step(
         )
     accelerator.backward(terms.total)
     accelerator.unscale_gradients(state.optimizer)
-    assert recipe.freeze_last_layer_steps is not None
     grad_norm = clip_each([p for p in state.student.parameters() if p.grad is not None], recipe.clip)
-    if step < recipe.freeze_last_layer_steps:
+    if step < plan.freeze_last_layer_steps:
         state.student.objective.head.last_layer.zero_grad()
     state.optimizer.step()
     state.optimizer.zero_grad()
-    update_teacher(state.teacher, state.student, teacher_momentum(recipe, step))
+    update_teacher(state.teacher, state.student, plan.momentum_at(step))
     state.student.objective.update({key: sum_over_ranks(value, accelerator) for key, value in terms.batch_sums.items()})
     return terms, grad_norm
 
@@ -326,18 +298,19 @@ def sum_over_ranks(value: tuple[Tensor, Tensor], accelerator: Accelerator) -> tu
     return total, count
 
 
-def measurements(terms: Terms, grad_norm: Tensor, recipe: PretrainRecipe, step: int, clock: Clock) -> dict[str, float]:
+def measurements(
+    terms: Terms, grad_norm: Tensor, plan: Plan, step: int, clock: Clock, *, log_every: int
+) -> dict[str, float]:
     """One line of the log: this step's terms and health, and the speed since the last line."""
-    assert recipe.batch_size
-    steps = step % recipe.log_every + 1
+    steps = step % log_every + 1
     return {
         "loss": terms.total.item(),
         **{f"loss_{name}": value.item() for name, value in terms.losses.items()},
         **{name: value.item() for name, value in terms.health.items()},
         "grad_norm": grad_norm.item(),
-        "learning_rate": learning_rate(recipe, step),
-        "teacher_momentum": teacher_momentum(recipe, step),
-        "images_per_second": steps * recipe.batch_size / clock.elapsed,
+        "learning_rate": plan.learning_rate_at(step),
+        "teacher_momentum": plan.momentum_at(step),
+        "images_per_second": steps * plan.batch_size / clock.elapsed,
         "data_wait": clock.share("data"),
     }
 
@@ -352,9 +325,8 @@ def save(
     model: GlareModel, state: TrainState, recipe: PretrainRecipe, folder: RunFolder, normalise: Normalisation
 ) -> None:
     """Write ``model/`` and, where there are adapters, ``adapter/``; both appear whole or not at all."""
-    assert recipe.steps
-    kept = math.prod(teacher_momentum(recipe, step) for step in range(recipe.steps))
-    which = recipe.export if recipe.export != "auto" else ("teacher" if kept < FORGOTTEN else "student")
+    forgotten = Plan.of(recipe).kept_by_teacher() < FORGOTTEN
+    which = recipe.export if recipe.export != "auto" else ("teacher" if forgotten else "student")
     if which == "teacher":
         state.export_teacher()
     model.backbone.set_attn_implementation("sdpa")

@@ -18,7 +18,7 @@ def warmup_cosine(step: int, *, steps: int, warmup: int, peak: float, end: float
 
 def warmup_poly(step: int, *, steps: int, warmup: int, peak: float, power: float = 1.0) -> float:
     """Linear warm-up, then ``peak * (1 - step / steps) ** power``, mmsegmentation's "poly" schedule."""
-    value = peak * (1 - step / steps) ** power
+    value = peak * float((1 - step / steps) ** power)
     return value * (step + 1) / warmup if step < warmup else value
 
 

@@ -17,7 +17,9 @@ class Student(nn.Module):
     Both student and teacher run without dropout and stochastic depth: packed crops share one sequence.
     """
 
-    def __init__(self, backbone: PreTrainedModel, objective: nn.Module, *, mask_token: bool) -> None:
+    objective: Objective
+
+    def __init__(self, backbone: PreTrainedModel, objective: Objective, *, mask_token: bool) -> None:
         super().__init__()
         use_packed_attention(backbone)
         self.backbone = backbone.eval()
@@ -43,8 +45,7 @@ class Student(nn.Module):
         groups = [views.augmented, views.local] if len(views.local) else [views.augmented]
         features = encode(self.backbone, groups, mask=views.patch_mask, mask_token=self.mask_token)
         local = features[1] if len(views.local) else _no_views(features[0])
-        objective: Objective = self.objective  # type: ignore[assignment]
-        return objective(
+        terms: Terms = self.objective(
             (features[0], local),
             teacher,
             views,
@@ -52,6 +53,7 @@ class Student(nn.Module):
             temperature=temperature,
             generator=generator,
         )
+        return terms
 
 
 def _no_views(like: Features) -> Features:

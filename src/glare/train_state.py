@@ -23,7 +23,7 @@ class TrainState:
 
     def tensors(self) -> dict[str, Tensor]:
         """What trains, its averages, the centres and the optimizer, by name."""
-        named = {f"student.{name}": p for name, p in self.student.named_parameters() if p.requires_grad}
+        named: dict[str, Tensor] = {f"student.{name}": p for name, p in self.student.named_parameters() if p.requires_grad}
         named |= {f"teacher.{name}": p for name, p, _ in averaged_parameters(self.teacher, self.student)}
         named |= {f"objective.{name}": buffer for name, buffer in self.student.objective.named_buffers()}
         return named | {f"optimizer.{name}": value for name, value in optimizer_tensors(self.optimizer).items()}
@@ -68,4 +68,5 @@ def clip_each(parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
     norms = torch._foreach_norm(gradients)
     factors = [(limit / (norm + 1e-6)).clamp(max=1.0) for norm in norms]
     torch._foreach_mul_(gradients, factors)
-    return torch.stack(norms).norm()
+    total: Tensor = torch.stack(norms).norm()
+    return total

@@ -37,12 +37,14 @@ def hues(text: str) -> tuple[tuple[int, int, int], ...]:
 def wave(phase: Map) -> Map:
     """Return a smooth periodic wave of period 1 and range [-1, 1], two parabolas instead of a sine."""
     t = (phase - np.floor(phase)) * 2 - 1
-    return 4 * t * (1 - np.abs(t))
+    curve: Map = 4 * t * (1 - np.abs(t))
+    return curve
 
 
 def rise(values: Map, low: float, high: float) -> Map:
     """Return the ramp that is 0 up to `low` and 1 from `high` on."""
-    return np.clip((values - low) / (high - low), 0, 1)
+    ramp: Map = np.clip((values - low) / (high - low), 0, 1)
+    return ramp
 
 
 def shifted(values: Map, dx: int, dy: int) -> Map:
@@ -272,7 +274,9 @@ def crowns(canvas: Canvas, density: Map, radius: Map, rooted: Mask, pitch: int) 
         np.copyto(tint, tints[block], where=better)
         np.copyto(stands, ground[block], where=better)
     scene = np.s_[: canvas.size, : canvas.size]
-    return Crowns(*(part.reshape(n * pitch, n * pitch)[scene] for part in (dome, light, tint, stands)))
+    side = (n * pitch, n * pitch)
+    dome, light, tint = (part.reshape(side)[scene] for part in (dome, light, tint))
+    return Crowns(dome, light, tint, stands.reshape(side)[scene])
 
 
 def relief(canvas: Canvas, bumps: Map, strength: float) -> Map:
@@ -319,7 +323,7 @@ def smooth(values: Map, weight: float) -> Map:
 def expose(canvas: Canvas, sensor: Sensor) -> NDArray[np.uint8]:
     """Take the picture (h, w, 3): cast shadows, light, haze, blur, sharpening, noise, stripes."""
     shadow = cast_shadows(canvas, canvas.draw(*sensor.drop))
-    image = canvas.albedo * (1 - shadow * (1 - tone(sensor.shade)))
+    image: Map = canvas.albedo * (1 - shadow * (1 - tone(sensor.shade)))
     tilt = 1 + 0.05 * (canvas.x * canvas.draw(-1, 1) + canvas.y * canvas.draw(-1, 1)) / (canvas.size / 2)
     cast = 1 + sensor.cast * (canvas.table(3) * 2 - 1)
     image = image * (np.float32(canvas.draw(*sensor.gain)) * tilt * cast[:, None, None])

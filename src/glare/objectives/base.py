@@ -1,7 +1,8 @@
 """What every objective takes and gives."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Protocol, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -29,13 +30,17 @@ class Terms:
         return torch.stack(list(self.losses.values())).sum()
 
 
-class Objective(Protocol):
+class Objective(nn.Module, ABC):
     """A module that owns the heads it needs and turns features into loss terms.
 
     ``forward`` changes nothing; ``update`` is called once an optimizer step, in sight of the training loop.
+    ``head`` is a projection head whose last layer the loop holds still at first.
     """
 
-    def __call__(
+    head: "ProjectionHead"
+
+    @abstractmethod
+    def forward(
         self,
         student: tuple[Features, Features],
         teacher: Features,
@@ -50,6 +55,7 @@ class Objective(Protocol):
         ``target`` is the teacher's copy of this objective, whose heads are moving averages of this one's.
         """
 
+    @abstractmethod
     def update(self, batch_sums: dict[str, tuple[Tensor, Tensor]]) -> None:
         """Move the centres towards the means of ``Terms.batch_sums``; one without rows stays."""
 

@@ -27,7 +27,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from glare.features import Features
 from glare.geometry import match
 from glare.losses import cross_entropy_rows, cross_view_entropy, masked_mean, teacher_probabilities, update_centre
-from glare.objectives.base import ProjectionHead, Terms
+from glare.objectives.base import Objective, ProjectionHead, Terms
 from glare.recipes import option
 from glare.regions import RegionConfig, Regions, sample_regions
 from glare.views import Views
@@ -88,13 +88,15 @@ class CrossAttention(nn.Module):
         k, v = nn.functional.linear(self.norm1(context), to_context, context_bias).chunk(2, dim=-1)
         mask = None if valid is None else (valid | ~valid.any(dim=1, keepdim=True))[:, None, None]
         read = scaled_dot_product_attention(q, self._heads(k), self._heads(v), attn_mask=mask)
-        return self.norm(self.proj(read.transpose(1, 2).flatten(2)) + query)  # type: ignore[no-any-return]
+        out: Tensor = self.norm(self.proj(read.transpose(1, 2).flatten(2)) + query)
+        return out
 
     def _heads(self, tokens: Tensor) -> Tensor:
-        return tokens.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        heads: Tensor = tokens.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return heads
 
 
-class GlareObjective(nn.Module):
+class GlareObjective(Objective):
     """The four terms, one shared head, one cross-attention and three centres."""
 
     def __init__(self, dim: int, num_heads: int, config: GlareSettings) -> None:
@@ -263,14 +265,17 @@ def _read_target(
     m = regions.index.shape[1]
     matched = _take(teacher, regions.match_index.flatten(1))  # R', or patch 0 where there is no match
     if how == "udi":
-        return cross_attention(matched, teacher)  # type: ignore[no-any-return]
+        udi: Tensor = cross_attention(matched, teacher)
+        return udi
 
     def by_region(rows: Tensor) -> Tensor:
-        return rows.unflatten(1, (m, -1)).flatten(0, 1)
+        split: Tensor = rows.unflatten(1, (m, -1)).flatten(0, 1)
+        return split
 
     if how == "text":
         read = cross_attention(by_region(query), by_region(matched), regions.matched.flatten(0, 1))
     else:
         region = by_region(_take(student, regions.index.flatten(1)))
         read = cross_attention(by_region(matched), region, regions.valid.flatten(0, 1))
-    return read.unflatten(0, (-1, m)).flatten(1, 2)  # type: ignore[no-any-return]
+    whole: Tensor = read.unflatten(0, (-1, m)).flatten(1, 2)
+    return whole

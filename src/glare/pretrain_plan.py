@@ -1,16 +1,59 @@
-"""Settings derived from how many images there are and how many go into a batch.
+"""Settings of a pre-training run, derived from how many images there are and how many go into a batch.
 
 The paper's values are made for thousands of images and hundreds of steps at batch 512; on fifty images they move
 nothing. These starting points lie *under* whatever the user or a recipe gives, and the job prints those it used.
 """
 
+import math
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
+
+from glare.schedules import cosine, linear, warmup_cosine
 
 SMALL_RUN_VISITS = 50_000  # images seen in a run below which the small head and fewer local views are enough
 EPOCHS = 20
 STEPS = (100, 1000)
 PEAK_LEARNING_RATE = 5e-3  # of adapters with scale 1, measured at 60 to 150 steps of batch 8
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run does at each step: sizes of the run, and the values that change with the step."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    min_learning_rate: float
+    warmup_steps: int
+    momentum: float
+    momentum_end: float
+    teacher_temperature: tuple[float, float]
+    temperature_ramp: float
+    freeze_last_layer_steps: int
+
+    @classmethod
+    def of(cls, recipe: Any) -> Self:
+        """The plan of a resolved recipe, which has fields of the same names."""
+        return cls(**{name: getattr(recipe, name) for name in cls.__dataclass_fields__})
+
+    def learning_rate_at(self, step: int) -> float:
+        """Linear warm-up and cosine."""
+        end = min(self.min_learning_rate, self.learning_rate)
+        return warmup_cosine(step, steps=self.steps, warmup=self.warmup_steps, peak=self.learning_rate, end=end)
+
+    def momentum_at(self, step: int) -> float:
+        """Of the teacher: cosine from ``momentum`` to ``momentum_end``."""
+        return cosine(step, steps=self.steps, start=self.momentum, end=self.momentum_end)
+
+    def temperature_at(self, step: int) -> float:
+        """Of the teacher: linear ramp over the first ``temperature_ramp`` of the steps."""
+        start, end = self.teacher_temperature
+        return linear(step, steps=round(self.temperature_ramp * self.steps), start=start, end=end)
+
+    def kept_by_teacher(self) -> float:
+        """Share of its initial weights that the teacher still has at the end."""
+        return math.prod(self.momentum_at(step) for step in range(self.steps))
 
 
 def derive_steps(num_images: int, batch_size: int) -> int:
