@@ -30,8 +30,8 @@ def make_plan(given: Any, *, num_images: int, short_side: int, patch: int, on_cp
     """What ``given`` says, an object with the fields of a Plan, and derived values where it says None.
 
     Steps: 40 passes, but 200 to 40,000. Warm-up: a tenth of the steps, at most 1500. Crops: the images' short side,
-    at most 512 px, or 256 px on a CPU, in whole patches. Batch: 8, or 4 on a CPU. Rates: 6e-5 throughout where the run sees 160,000
-    images, otherwise 1e-3 for the head and 1e-4 below it.
+    at most 512 px, or 256 px on a CPU, in whole patches. Batch: 8, or 4 on a CPU. Rates: 6e-5 throughout where the
+    run sees 160,000 images, otherwise 1e-3 for the head and 1e-4 below it.
     """
     batch_size = given.batch_size or (4 if on_cpu else 8)
     steps = given.steps or max(STEPS[0], min(STEPS[1], PASSES * num_images // batch_size))

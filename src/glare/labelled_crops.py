@@ -152,7 +152,7 @@ def scale_saturation(images: Tensor, factor: Tensor) -> Tensor:
     value = images.amax(dim=1, keepdim=True)
     chroma = value - images.amin(dim=1, keepdim=True)
     limit = torch.where(chroma > 0, value / chroma.clamp(min=1e-8), 1)
-    return value - (value - images) * torch.minimum(factor.view(-1, 1, 1, 1), limit)
+    return (value - (value - images) * torch.minimum(factor.view(-1, 1, 1, 1), limit)).clamp_(0, 1)
 
 
 def _inside(crop: Crop, size: tuple[int, int]) -> Tensor:

@@ -1,0 +1,357 @@
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from labelled_samples import CLASSES, write_labelled
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, PreTrainedModel, pipeline
+
+from glare import GlareForSemanticSegmentation, GlareModel, UniAdapterConfig, UserError, finetune
+from glare.cli import main as glare_main
+from glare.data.labelled import open_labelled
+from glare.finetune import FinetuneRecipe, draw_images, learning_rates, open_data
+from glare.finetune_plan import Plan, make_plan
+from glare.inference import load_segmenter, segment
+from glare.segmenters import decays, load_pretrained, parameter_groups, select_trained
+
+ROOT = Path(__file__).parents[1]
+MakeVit = Callable[..., PreTrainedModel]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    folder = write_labelled(tmp_path / "data" / "train", 8)
+    write_labelled(tmp_path / "data" / "val", 4, size=(36, 28))
+    return folder.parent
+
+
+@pytest.fixture
+def vit(tmp_path: Path, make_vit: MakeVit) -> Path:
+    make_vit().save_pretrained(tmp_path / "vit")
+    return tmp_path / "vit"
+
+
+@pytest.fixture
+def adapted(tmp_path: Path, make_vit: MakeVit) -> Path:
+    """A GlareModel whose adapters do something."""
+    model = GlareModel.from_backbone(make_vit(), UniAdapterConfig(r=4, scale=1.0))
+    for name, parameter in model.named_parameters():
+        if "uniadapter_up" in name:
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
+    model.save_pretrained(tmp_path / "adapted")
+    model.save_adapter(tmp_path / "adapter", base_model=None)
+    return tmp_path / "adapted"
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, data: Path, vit: Path) -> FinetuneRecipe:
+    return FinetuneRecipe(
+        model=str(vit),
+        data=str(data),
+        output=tmp_path / "run",
+        steps=6,
+        crop_size=16,
+        log_every=1,
+        precision="fp32",
+        report_to="none",
+        num_workers=2,
+    )
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in metrics(run) if "loss" in line]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "model" / "model.safetensors")
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("head", ["linear", "fpn"])
+def test_a_learnable_task_is_learned(recipe: FinetuneRecipe, head: str) -> None:
+    run = finetune.run(replace(recipe, head=head, steps=40, batch_size=8, learning_rate=1e-2))
+    assert np.mean(losses(run)[-5:]) < 0.5 * np.mean(losses(run)[:3])
+    assert json.loads((run / "eval.json").read_text())["miou"] > 0.5
+
+
+def test_upernet_sits_on_the_same_backbone(recipe: FinetuneRecipe, adapted: Path) -> None:
+    run = finetune.run(replace(recipe, head="upernet", model=str(adapted), train_on="head", steps=2, batch_size=2))
+    before = load_file(adapted / "model.safetensors")
+    after = {n.removeprefix("backbone."): v for n, v in weights(run).items() if n.startswith("backbone.")}
+    assert equal(before, after)
+    model, normalise = load_segmenter(str(run), device=torch.device("cpu"))
+    assert type(model).__name__ == "UperNetForSemanticSegmentation"
+    image = Image.open(Path(recipe.data) / "val" / "images" / "scene_0.png")
+    assert segment(model, [image], normalise=normalise)[0].shape == (28, 36)
+
+
+def test_the_run_folder_holds_what_was_promised(recipe: FinetuneRecipe) -> None:
+    run = finetune.run(replace(recipe, checkpoint_every=2, eval_every=3, report_to="tensorboard"))
+    files = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
+    assert {"recipe.yaml", "metrics.jsonl", "eval.json", "model/config.json", "model/model.safetensors"} <= files
+    assert "model/preprocessor_config.json" in files and any("tfevents" in name for name in files)
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step_000002", "step_000004"]
+    assert not [name for name in files if "partial" in name]
+    lines = metrics(run)
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines if "miou" in line] == [3]
+    assert 0 <= lines[0]["data_wait"] <= 1 and lines[0]["images_per_second"] > 0
+    scores = json.loads((run / "eval.json").read_text())
+    assert {"miou", "aacc", "macc", "iou", "num_images", "data", "split", "model", "seed", "versions"} <= scores.keys()
+    assert scores["num_images"] == 4 and scores["split"] == "val" and list(scores["iou"]) == CLASSES
+
+
+def test_the_model_works_with_transformers_alone(recipe: FinetuneRecipe) -> None:
+    run = finetune.run(recipe)
+    image = Image.open(Path(recipe.data) / "val" / "images" / "scene_0.png")
+    processor = AutoImageProcessor.from_pretrained(run / "model")
+    model = AutoModelForSemanticSegmentation.from_pretrained(run / "model").eval()
+    assert isinstance(model, GlareForSemanticSegmentation)
+    assert list(model.config.id2label.values()) == CLASSES and model.config.label2id["grass"] == 2
+    inputs = processor(image, return_tensors="pt")
+    assert all(side % 4 == 0 for side in inputs["pixel_values"].shape[-2:])
+    found = processor.post_process_semantic_segmentation(model(**inputs), target_sizes=[(28, 36)])[0]
+    assert found.shape == (28, 36)
+    segments = pipeline("image-segmentation", model=model, image_processor=processor)(image)
+    assert {segment["label"] for segment in segments} <= set(CLASSES)
+
+
+def test_resume_equals_the_run_without_a_stop(recipe: FinetuneRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = replace(recipe, pyramid=True, checkpoint_every=2)
+    straight = finetune.run(replace(recipe, output=recipe.output.with_name("straight")))
+    step = finetune.train_step
+
+    def stop_at_fifth(*args: Any, **kwargs: Any) -> float:
+        if kwargs["step"] == 4:
+            raise KeyboardInterrupt
+        return step(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(finetune, "train_step", stop_at_fifth)
+        finetune.run(recipe)
+    assert not (recipe.output / "model").exists()
+    with pytest.raises(UserError, match="is in use; give another --output, or --resume"):
+        finetune.run(recipe)
+    resumed = finetune.run(replace(recipe, resume=True))
+    assert equal(weights(resumed), weights(straight))
+    assert losses(resumed) == losses(straight)
+
+
+def test_the_seed_fixes_every_bit(recipe: FinetuneRecipe) -> None:
+    runs = [
+        finetune.run(replace(recipe, output=recipe.output.with_name(name), seed=seed, num_workers=workers))
+        for name, seed, workers in (("a", 3, 1), ("b", 3, 4), ("c", 4, 1))
+    ]
+    first, again, other = map(weights, runs)
+    assert equal(first, again) and losses(runs[0]) == losses(runs[1])
+    assert not equal(first, other)
+
+
+@pytest.mark.parametrize("train_on", ["full", "adapter", "head"])
+def test_only_what_was_chosen_trains(recipe: FinetuneRecipe, adapted: Path, train_on: str) -> None:
+    run = finetune.run(replace(recipe, model=str(adapted), train_on=train_on, steps=2))
+    before = load_file(adapted / "model.safetensors")
+    after = {name.removeprefix("glare."): value for name, value in weights(run).items() if name.startswith("glare.")}
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    expected = {
+        "full": {name for name in before if "mask_token" not in name and not name.startswith("backbone.layernorm")},
+        "adapter": {name for name in before if "uniadapter_" in name},
+        "head": set(),
+    }[train_on]
+    # a key bias shifts all scores of a query alike: its gradient is zero
+    assert {name for name in changed ^ expected if "key.bias" not in name} == set()
+
+
+def test_adapters_cannot_train_where_there_are_none(recipe: FinetuneRecipe) -> None:
+    with pytest.raises(UserError, match="--train-on adapter needs a model with adapters, this one has none"):
+        finetune.run(replace(recipe, train_on="adapter"))
+    assert not recipe.output.exists()
+
+
+def test_head_and_backbone_have_their_rates_and_only_matrices_decay(make_vit: MakeVit) -> None:
+    model = GlareForSemanticSegmentation.from_model(GlareModel.from_backbone(make_vit()), num_labels=3, head="linear")
+    select_trained(model, "full")
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = parameter_groups(model, 0.01)
+    for group in groups:
+        for name in (names[id(parameter)] for parameter in group["params"]):
+            assert group["head"] == name.startswith("head.")
+            matrix = name.endswith("weight") and "norm" not in name
+            assert group["weight_decay"] == (0.01 if matrix else 0.0)
+    assert sum(len(group["params"]) for group in groups) == len(names)
+    assert decays("head.weight", torch.nn.Parameter(torch.zeros(2, 2)))
+
+
+def test_what_fine_tuning_can_start_from(tmp_path: Path, adapted: Path, vit: Path) -> None:
+    pixels = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+    def features(name: Path) -> torch.Tensor:
+        with torch.inference_mode():
+            return load_pretrained(str(name))[0].eval()(pixels).last_hidden_state
+
+    expected = features(adapted)
+    (tmp_path / "pretrained" / "model").mkdir(parents=True)
+    (tmp_path / "pretrained" / "recipe.yaml").write_text("seed: 0\n")
+    for file in adapted.iterdir():
+        (tmp_path / "pretrained" / "model" / file.name).write_bytes(file.read_bytes())
+    assert torch.equal(features(tmp_path / "pretrained"), expected)
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": str(vit)}))
+    torch.testing.assert_close(features(tmp_path / "adapter"), expected)
+    assert not torch.allclose(features(vit), expected)
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": None}))
+    with pytest.raises(UserError, match="does not say for which model it is; put base_model_name_or_path"):
+        load_pretrained(str(tmp_path / "adapter"))
+
+
+def test_few_label_runs_draw_images_with_the_seed(data: Path) -> None:
+    train = open_labelled(str(data), split="train")
+    picks = [draw_images(train, 3, seed=seed).names for seed in range(20)]
+    assert all(len(set(pick)) == 3 and set(pick) <= set(train.names) for pick in picks)
+    assert picks[0] == draw_images(train, 3, seed=0).names and len(set(map(tuple, picks))) > 5
+    assert draw_images(train, 8, seed=1).names == list(train.names)
+    with pytest.raises(UserError, match="num_images is 9, but there are only 8 labelled images; give at most 8"):
+        draw_images(train, 9, seed=0)
+
+
+def test_parts_of_the_data(recipe: FinetuneRecipe, tmp_path: Path) -> None:
+    train, val = open_data(recipe)
+    assert len(train) == 8 and val is not None and len(val) == 4
+    flat = write_labelled(tmp_path / "flat", 6, prefix="tile2")
+    recipe = replace(recipe, data=str(flat))
+    assert open_data(recipe)[1] is None
+    split = replace(recipe, match="!*_1,!*_4", val_match="*_1,*_4")
+    train, val = open_data(split)
+    assert val is not None and list(val.names) == ["tile2_1.png", "tile2_4.png"]
+    assert list(train.names) == [f"tile2_{i}.png" for i in (0, 2, 3, 5)]
+    _, val = open_data(replace(recipe, val_data="landcover:arid:2", data="landcover:arid:3"))
+    assert val is not None and len(val) == 2
+    with pytest.raises(UserError, match="the classes differ: the training data has soil, water, grass, the validation"):
+        open_data(replace(recipe, val_data="landcover:arid:2"))
+    with pytest.raises(UserError, match="eval_every needs a validation part: give --val-split"):
+        open_data(replace(recipe, eval_every=1))
+
+
+def test_a_run_without_validation_says_so(recipe: FinetuneRecipe, capsys: pytest.CaptureFixture[str]) -> None:
+    run = finetune.run(replace(recipe, data=str(Path(recipe.data) / "train"), steps=1))
+    assert not (run / "eval.json").exists()
+    assert "no scores: give a validation part" in capsys.readouterr().out
+
+
+def test_unset_numbers_are_derived(recipe: FinetuneRecipe, capsys: pytest.CaptureFixture[str]) -> None:
+    def plan(num_images: int, *, short_side: int = 600, on_cpu: bool = False, **given: Any) -> Plan:
+        open_recipe = replace(recipe, **({"steps": None, "crop_size": None} | given))
+        return make_plan(open_recipe, num_images=num_images, short_side=short_side, patch=14, on_cpu=on_cpu)
+
+    assert plan(45) == Plan(225, 8, 504, 22, 1e-3, 1e-4)
+    assert plan(45, on_cpu=True) == Plan(450, 4, 252, 45, 1e-3, 1e-4)
+    assert plan(20_000, batch_size=32) == Plan(25_000, 32, 504, 1500, 6e-5, 6e-5)
+    assert plan(10**6).steps == 40_000 and plan(3).steps == 200
+    assert plan(45, short_side=9).crop_size == 14
+    assert plan(45, learning_rate=0.5, steps=7, warmup_steps=0) == Plan(7, 8, 504, 0, 0.5, 1e-4)
+    finetune.run(replace(recipe, steps=1, crop_size=None))
+    out = capsys.readouterr().out
+    assert "chosen from the data: batch_size=4, crop_size=32, warmup_steps=0, learning_rate=0.001" in out
+    assert "crop_size: 32" in (recipe.output / "recipe.yaml").read_text()
+
+
+def test_the_rates_warm_up_and_fall_to_zero() -> None:
+    plan = Plan(100, 8, 16, 10, 1.0, 0.1)
+    head = [learning_rates(plan, step)[0] for step in range(100)]
+    assert head[0] == pytest.approx(0.1) and head[9] == pytest.approx(0.91) and head[-1] == pytest.approx(0.01)
+    assert learning_rates(plan, 50) == pytest.approx((0.5, 0.05))
+
+
+def test_a_broken_loss_stops_the_run_and_leaves_no_model(recipe: FinetuneRecipe) -> None:
+    with pytest.raises(UserError, match=r"the loss became (nan|inf) at step \d; lower learning_rate \(now 1e\+30\)"):
+        finetune.run(replace(recipe, learning_rate=1e30, backbone_learning_rate=1e30, checkpoint_every=1))
+    assert {path.name for path in recipe.output.iterdir()} == {"recipe.yaml", "metrics.jsonl", "checkpoints"}
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_bad_label_is_skipped_or_named(
+    recipe: FinetuneRecipe, strict: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (Path(recipe.data) / "train" / "labels" / "scene_2.png").unlink()
+    Image.new("L", (40, 32), 7).save(Path(recipe.data) / "val" / "labels" / "scene_1.png")
+    if strict:
+        with pytest.raises(UserError, match=r"scene_2\.png: it has no label .*; add that file or remove the image"):
+            finetune.run(replace(recipe, strict=True))
+        assert not recipe.output.exists()
+        return
+    run = finetune.run(replace(recipe, steps=1))
+    out = capsys.readouterr().out
+    assert "7 labelled images of 3 classes, 1 skipped" in out and "skipped scene_2.png: it has no label" in out
+    assert json.loads((run / "eval.json").read_text())["num_images"] == 3
+    assert "skipped scene_1.png" in out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "nowhere/at-all"}, "backbone 'nowhere/at-all' cannot be loaded"),
+        ({"data": "nowhere"}, "labelled data 'nowhere' is not a folder"),
+        ({"val_split": "test"}, "has no split 'test'; it has train, val"),
+        ({"crop_size": 18}, "crop_size 18 is no multiple of the patch size 4; give 16"),
+        ({"match": "zebra*"}, "match 'zebra[*]' selects none of the 8 images"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_written(
+    recipe: FinetuneRecipe, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        finetune.run(replace(recipe, **changes))
+    assert not recipe.output.exists()
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("steps=0", "steps is 0; give at least 1"),
+        ("scale=2,1", "scale is (2.0, 1.0); give two factors above 0, the lower one first"),
+        ("window=4", None),
+        ("stride=2000", "stride is 2000; give 1 to 1024"),
+        ("head=unet", "head is 'unet'; choose from fpn, linear, upernet"),
+    ],
+)
+def test_values_are_checked(argument: str, message: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["finetune", "--model", "m", "--data", "nowhere", "--output", "o", argument]
+    assert glare_main(argv) == 2
+    assert (message or "labelled data 'nowhere' is not a folder") in capsys.readouterr().err
+
+
+def test_a_resumed_run_must_be_the_same_one(recipe: FinetuneRecipe) -> None:
+    finetune.run(replace(recipe, steps=2))
+    with pytest.raises(UserError, match="has another recipe: head was fpn and is linear"):
+        finetune.run(replace(recipe, steps=4, head="linear", resume=True, warmup_steps=0))
+
+
+def test_the_entry_points_people_use(recipe: FinetuneRecipe, tmp_path: Path) -> None:
+    def glare(*argv: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, *map(str, argv)]
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+
+    run = tmp_path / "run"
+    argv = ["--model", recipe.model, "--data", recipe.data, "--output", run, "--steps", 2, "--crop-size", 16]
+    done = glare(ROOT / "training" / "finetune.py", *argv)
+    assert done.returncode == 0, done.stderr
+    assert "mIoU" in done.stdout and "images/s" in done.stderr and "Traceback" not in done.stderr
+    again = glare("-m", "glare", "finetune", *argv)
+    assert again.returncode == 2
+    assert again.stderr.splitlines()[-1].startswith(f"glare finetune: error: the output folder {run} is in use")
