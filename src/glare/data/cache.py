@@ -4,7 +4,7 @@ import logging
 import os
 import tempfile
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 MEMINFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")
-GROWTH = 1.25
+PIECE_BYTES = 2**26  # more than malloc keeps for itself when it is freed
 
 T = TypeVar("T")
 
@@ -78,7 +78,7 @@ def pack(
         sizes.append((image.shape[1], image.shape[0]))
         names.append(source.name(index))
 
-    with PixelStore(len(source), channels=3, spill=spill) as pixels:
+    with PixelStore(channels=3, spill=spill) as pixels:
         reading = Reading(strict=strict, workers=workers, progress=progress)
         skipped = reading.run(read, keep, count=len(source))
         return Packed(packed_images(pixels, sizes), names, skipped)
@@ -129,17 +129,17 @@ class Reading:
 
 
 class PixelStore:
-    """Rows of uint8 appended to one flat array: in memory, or in an unnamed file once memory is short.
+    """Pixels of uint8 appended to one flat array: in memory, or in an unnamed file once memory is short.
 
-    The room is guessed from the first image and grown in place, so that memory never holds the pixels twice.
+    In memory they gather in pieces that are moved into the array one by one and freed, so that the pixels are never
+    there twice; growing one array would copy it.
     """
 
-    def __init__(self, count: int, *, channels: int, spill: Path | None = None) -> None:
+    def __init__(self, *, channels: int, spill: Path | None = None) -> None:
         self.channels = channels
         self.spill = Path(tempfile.gettempdir()) if spill is None else spill
         self.budget = memory_budget()
-        self._count = count
-        self._buffer: NDArray[np.uint8] = np.empty(0, np.uint8)
+        self._pieces: deque[NDArray[np.uint8]] = deque()
         self._file: IO[bytes] | None = None
         self._used = 0
 
@@ -152,38 +152,46 @@ class PixelStore:
                 self._file.close()
 
     def append(self, image: NDArray[np.uint8]) -> None:
-        """Add the rows of an image (h, w, channels) or (h, w)."""
+        """Add the pixels of an image (h, w, channels) or (h, w)."""
         flat = np.ascontiguousarray(image).reshape(-1)
-        expected = flat.size * self._count if self._used == 0 else self._used + flat.size
-        if self._file is None and expected > self.budget:
-            self._move_to_file(expected)
+        if self._file is None and self._used + flat.size > self.budget:
+            self._move_to_file()
         if self._file is None:
-            self._reserve(expected)
-            self._buffer[self._used : self._used + flat.size] = flat
+            self._keep(flat)
         else:
             self._write(flat)
         self._used += flat.size
 
     def finish(self) -> Tensor:
-        """All rows: (total, channels) uint8, or (total,) of one channel. The store is used up."""
+        """All pixels: (total, channels) uint8, or (total,) of one channel. The store is used up."""
         if self._file is None:
-            self._buffer.resize(self._used, refcheck=False)
-            flat, self._buffer = self._buffer, np.empty(0, np.uint8)
+            flat = np.empty(self._used, np.uint8)
+            for start, piece in self._drain():
+                flat[start : start + piece.size] = piece
         else:
             flat = np.memmap(self._file, np.uint8, mode="r+", shape=(self._used,))
         pixels = torch.from_numpy(flat)
         return pixels if self.channels == 1 else pixels.view(-1, self.channels)
 
-    def _reserve(self, size: int) -> None:
-        if self._used == 0:
-            self._buffer = np.empty(size, np.uint8)  # takes no memory until it is written to
-        elif size > self._buffer.size:
-            self._buffer.resize(min(int(size * GROWTH), self.budget), refcheck=False)
+    def _keep(self, flat: NDArray[np.uint8]) -> None:
+        at = self._used
+        while flat.size:
+            if at == PIECE_BYTES * len(self._pieces):
+                self._pieces.append(np.empty(PIECE_BYTES, np.uint8))  # takes no memory until it is written to
+            filled = at % PIECE_BYTES
+            part, flat = np.split(flat, [PIECE_BYTES - filled])
+            self._pieces[-1][filled : filled + part.size] = part
+            at += part.size
 
-    def _move_to_file(self, expected: int) -> None:
+    def _drain(self) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+        """Where each piece begins, and what is in it; it is forgotten afterwards."""
+        for start in range(0, self._used, PIECE_BYTES):
+            yield start, self._pieces.popleft()[: self._used - start]
+
+    def _move_to_file(self) -> None:
         logger.warning(
-            "the decoded images take about %.1f GiB, more than half of the free memory: they go to a file in %s",
-            expected / 2**30,
+            "the decoded images take more than %.1f GiB, half of the free memory: they go to a file in %s",
+            self.budget / 2**30,
             self.spill,
         )
         try:
@@ -191,8 +199,8 @@ class PixelStore:
             self._file = tempfile.TemporaryFile(dir=self.spill)  # noqa: SIM115 - closed by __exit__
         except OSError as error:
             raise UserError(f"cannot write to {str(self.spill)!r} ({error.strerror}); name another folder") from error
-        self._write(self._buffer[: self._used])
-        self._buffer = np.empty(0, np.uint8)
+        for _, piece in self._drain():
+            self._write(piece)
 
     def _write(self, flat: NDArray[np.uint8]) -> None:
         assert self._file is not None

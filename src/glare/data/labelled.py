@@ -131,7 +131,7 @@ def pack_labelled(
         names.append(labelled.name(index))
 
     count = len(labelled)
-    with PixelStore(count, channels=3) as pixels, PixelStore(count, channels=1) as labels:
+    with PixelStore(channels=3) as pixels, PixelStore(channels=1) as labels:
         reading = Reading(strict=strict, workers=workers, progress=progress)
         skipped = reading.run(read, keep, count=count)
         images = packed_images(pixels, sizes)

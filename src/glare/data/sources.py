@@ -140,11 +140,13 @@ def image_files(folder: Path) -> list[Path]:
     seen: set[Path] = set()
     for here, folders, files in os.walk(folder, followlinks=True, onerror=_refuse):
         real = Path(here).resolve()
-        known = real in seen
+        if real in seen:
+            folders.clear()
+            continue
         seen.add(real)
-        folders[:] = [] if known else sorted(name for name in folders if _visible(name))
-        if known or {"images", "labels"} <= set(folders):
-            folders[:] = ["images"] * (not known)
+        folders[:] = sorted(filter(_visible, folders))
+        if {"images", "labels"} <= set(folders):
+            folders[:] = ["images"]
             continue
         found += [Path(here, name) for name in files if _visible(name) and _extension(name) in EXTENSIONS]
     return sorted(found, key=lambda file: natural(file.relative_to(folder).as_posix()))
@@ -269,9 +271,13 @@ def _open_table(data: str, builder: str, **files: str) -> Images:
     try:
         splits = datasets.load_dataset(builder, **files)
     except Exception as error:  # no connection, no such data set, several configurations, a broken file, ...
-        fault = "cannot be read" if files else "is neither an existing path nor a loadable Hub data set"
+        if files:
+            raise UserError(
+                f"data {data!r} cannot be read ({_first_line(error)}); repair it or write it again"
+            ) from error
         raise UserError(
-            f"data {data!r} {fault} ({_first_line(error)}); check the spelling and the connection"
+            f"data {data!r} is neither an existing path nor a loadable Hub data set ({_first_line(error)}); "
+            "check the spelling and the connection"
         ) from error
     rows = splits["train"] if "train" in splits else max(splits.values(), key=len)
     column = _image_column(rows.features, data=data)
