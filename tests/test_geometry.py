@@ -1,3 +1,4 @@
+import math
 import random
 
 import pytest
@@ -222,6 +223,24 @@ def test_crops_follow_torchvisions_rule_in_distribution():
     spread = torch.tensor([300.0, 140.0, 300.0, 140.0])
     difference = (loop.quantile(levels, dim=0) - ours.quantile(levels, dim=0)).abs() / spread
     assert difference.max() < 0.035, difference
+
+
+def test_aspect_ratios_are_log_uniform():
+    size = sizes((4000, 4000), repeat=4000)
+    crop = random_resized_crops(size, area=(0.01, 0.05), flip_prob=0.0, generator=generator(), ratio=(1 / 4, 4))
+    turned = (crop.scale[:, 0] / crop.scale[:, 1]).log() / math.log(4)
+    levels = torch.linspace(0.05, 0.95, 10)
+    assert (turned.quantile(levels) - (2 * levels - 1)).abs().max() < 0.05
+
+
+def test_every_place_is_as_likely_as_every_other():
+    """A crop of 4 x 4 px has five places along a side of 8 px, both edges included."""
+    size = sizes((8, 8), repeat=5000)
+    crop = random_resized_crops(size, area=(0.25, 0.25), flip_prob=0.5, generator=generator(), ratio=(1, 1))
+    low, _ = in_px(crop, size)
+    for axis in (0, 1):
+        share = torch.bincount(low[:, axis].round().long()) / 5000
+        assert len(share) == 5 and (share - 0.2).abs().max() < 0.02
 
 
 @pytest.mark.parametrize(

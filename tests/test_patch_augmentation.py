@@ -176,6 +176,8 @@ def test_rotation_turns_each_patch_by_itself():
     assert (turns.sum(dim=0) == 1).all(), "every patch is one of its own rotations"
     assert not turns[0].any(), "and none stays as it is"
     assert (turns[1:].float().mean(dim=1) - 1 / 3).abs().max() < 0.1
+    by_image = turns.int().argmax(dim=0).view(40, 6)
+    assert (by_image != by_image[:, :1]).any(dim=1).float().mean() > 0.9, "drawn patch by patch"
 
 
 def test_noise_has_the_variance_of_a_normalised_image():

@@ -44,7 +44,6 @@ def test_grey_is_luma():
 def test_solarize_inverts_from_one_half_on():
     given = images()
     assert_equal_each(solarize(given), given, literal.solarize)
-    assert solarize(torch.full((1, 3, 1, 1), 0.5)).unique().item() == 0.5
 
 
 @pytest.mark.parametrize(
