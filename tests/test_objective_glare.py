@@ -1,161 +1,24 @@
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
 from reference import glare_terms as literal
-from reference.builders import crop_of
-from reference.correspondence import Box, correspondence
-from torch import Tensor, nn
+from reference.glare_cases import CASES, READINGS, SETTINGS, TEMPERATURE, Case, Drawn, K, all_logits, approx
+from torch import nn
 
 from glare import losses
 from glare.features import Features
 from glare.geometry import Crop
-from glare.objectives import glare as module
 from glare.objectives.base import Terms
-from glare.objectives.glare import DIRECTIONS, LEVELS, CrossAttention, GlareObjective, GlareSettings
-from glare.regions import RegionConfig, Regions
-from glare.views import Views
-
-DIM, K, TEMPERATURE = 8, 6, 0.06
-SOURCE = (100, 100)
-SETTINGS = GlareSettings(prototypes=K, head_hidden=10, head_bottleneck=5, regions=RegionConfig(min_side=2, max_side=3))
-READINGS = ("text", "eq6", "udi")
-
-OVERLAPPING = (Box(3.1, 7.3, 71.7, 64.9, False), Box(21.3, 15.9, 60.2, 77.7, True))
-APART = (Box(0.0, 0.0, 41.0, 40.0, True), Box(55.0, 0.0, 40.0, 80.0, False))
-A_CORNER = (Box(0.0, 0.0, 60.3, 58.7, False), Box(43.9, 42.1, 51.0, 55.1, False))
-INSIDE = (Box(1.3, 2.2, 95.1, 93.9, False), Box(40.6, 30.2, 25.3, 28.1, True))
-
-
-@dataclass
-class Case:
-    """Random features of a batch, random parameters, and where its two global views were cut from."""
-
-    student: GlareObjective
-    target: GlareObjective
-    features: Features
-    local: Features
-    teacher: Features
-    views: Views
-    boxes: Sequence[tuple[Box, Box]]
-    ca_heads: int
-
-    def terms(self, seed: int = 0, **changes: object) -> Terms:
-        given = {"student": (self.features, self.local), "teacher": self.teacher, "views": self.views} | changes
-        return self.student(
-            **given, target=self.target, temperature=TEMPERATURE, generator=torch.Generator().manual_seed(seed)
-        )
-
-    def matches(self) -> dict[tuple[int, int], list[list[int | None]]]:
-        grid = self.views.grid
-        return {(a, b): [correspondence(pair[a], pair[b], grid, grid) for pair in self.boxes] for a, b in DIRECTIONS}
-
-    @property
-    def parameters(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        return dict(self.student.state_dict()), dict(self.target.state_dict())
-
-
-def randomise(objective: nn.Module, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for value in [*objective.parameters(), *objective.buffers()]:
-            value.copy_(torch.randn(value.shape, generator=generator) * 0.5)
-
-
-def make_case(
-    boxes: Sequence[tuple[Box, Box]],
-    *,
-    seed: int = 0,
-    grid: tuple[int, int] = (4, 5),
-    num_local: int = 2,
-    ca_heads: int = 2,
-    attention_heads: int = 3,
-    mask_share: float = 0.4,
-    settings: GlareSettings = SETTINGS,
-) -> Case:
-    generator = torch.Generator().manual_seed(seed)
-    b, n = len(boxes), grid[0] * grid[1]
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
-
-    student, target = (GlareObjective(DIM, ca_heads, settings) for _ in range(2))
-    randomise(student, seed + 1)
-    randomise(target, seed + 2)
-    crops = [crop_of([pair[view] for pair in boxes], [SOURCE] * b) for view in (0, 1)]
-    nothing = torch.empty(0)
-    views = Views(
-        global_=nothing,
-        augmented=nothing,
-        local=nothing,
-        global_crops=Crop(torch.stack([c.offset for c in crops]), torch.stack([c.scale for c in crops])),
-        local_crops=Crop(nothing, nothing),
-        patch_mask=torch.rand(2, b, n, generator=generator) < mask_share,
-        grid=grid,
-    )
-    return Case(
-        student=student,
-        target=target,
-        features=Features(normal(2, b, DIM), normal(2, b, n, DIM)),
-        local=Features(normal(num_local, b, DIM), normal(num_local, b, 4, DIM)),
-        teacher=Features(normal(2, b, DIM), normal(2, b, n, DIM), normal(2, b, attention_heads, n).softmax(dim=-1)),
-        views=views,
-        boxes=boxes,
-        ca_heads=ca_heads,
-    )
-
-
-CASES = {
-    "batch": lambda **given: make_case([OVERLAPPING, A_CORNER, INSIDE], **given),
-    "batch-1": lambda **given: make_case([OVERLAPPING], seed=10, **given),
-    "one-without-overlap": lambda **given: make_case([APART, A_CORNER], seed=20, **given),
-    "no-overlap": lambda **given: make_case([APART, APART], seed=30, **given),
-    "no-overlap-batch-1": lambda **given: make_case([APART], seed=40, **given),
-    "empty-mask": lambda **given: make_case([A_CORNER, INSIDE], seed=50, mask_share=0.0, **given),
-    "full-mask": lambda **given: make_case([INSIDE], seed=60, mask_share=1.1, **given),
-    "no-locals": lambda **given: make_case([OVERLAPPING, INSIDE], seed=70, num_local=0, **given),
-    "other-heads": lambda **given: make_case([OVERLAPPING], seed=80, ca_heads=4, attention_heads=1, **given),
-    "other-grid": lambda **given: make_case([A_CORNER, OVERLAPPING], seed=90, grid=(7, 3), num_local=1, **given),
-    "tiny-grid": lambda **given: make_case([INSIDE, OVERLAPPING], seed=100, grid=(1, 2), **given),
-}
+from glare.objectives.glare import DIRECTIONS, LEVELS, GlareObjective, GlareSettings
+from glare.regions import RegionConfig
 
 
 @pytest.fixture(params=CASES)
 def case(request: pytest.FixtureRequest) -> Case:
     return CASES[request.param]()
-
-
-def approx(value: float) -> object:
-    return pytest.approx(value, rel=2e-4, abs=1e-6)
-
-
-class Drawn:
-    """Stands before ``sample_regions`` and keeps what was asked and answered."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.attention: list[Tensor] = []
-        self.match: list[tuple[Tensor, Tensor]] = []
-        self.regions: list[Regions] = []
-        self.sample = module.sample_regions
-        monkeypatch.setattr(module, "sample_regions", self)
-
-    def __call__(self, attention: Tensor, match: tuple[Tensor, Tensor], *args: object, **named: object) -> Regions:
-        self.attention.append(attention)
-        self.match.append(match)
-        self.regions.append(self.sample(attention, match, *args, **named))
-        return self.regions[-1]
-
-    def patches(self) -> dict[tuple[int, int], list[list[list[int]]]]:
-        """Regions of each direction and image as lists of patches."""
-        return {
-            direction: [
-                [index[valid].tolist() for index, valid in zip(*of_image, strict=True)]
-                for of_image in zip(drawn.index, drawn.valid, strict=True)
-            ]
-            for direction, drawn in zip(DIRECTIONS, self.regions, strict=True)
-        }
 
 
 # Each term against its equation
@@ -283,10 +146,6 @@ def test_uniform_teacher_and_student_give_log_k_each():
 # Batch sums and the centres
 
 
-def all_logits(tokens: Tensor, parameters: dict[str, Tensor]) -> Tensor:
-    return torch.stack([literal.head_logits(token, parameters) for token in tokens.reshape(-1, DIM)])
-
-
 def test_batch_sums_are_over_all_teacher_outputs_of_a_level(case: Case):
     sums = case.terms().batch_sums
     assert set(sums) == set(LEVELS)
@@ -373,210 +232,6 @@ def test_only_the_regions_draw():
     assert {name for name in first if not torch.equal(first[name], other[name])} == {"reg"}
 
 
-# Gradients
-
-
-def test_gradients_exist_and_are_finite(case: Case):
-    """Also where a term has nothing to average: its parameters must take part in backward for DDP's sake."""
-    for features in (case.features, case.local):
-        features.cls.requires_grad_()
-        features.patches.requires_grad_()
-    case.terms().total.backward()
-    for name, parameter in case.student.named_parameters():
-        assert parameter.grad is not None, name
-        assert torch.isfinite(parameter.grad).all(), name
-    for tensor in (case.features.cls, case.features.patches, case.local.cls):
-        assert tensor.grad is not None and torch.isfinite(tensor.grad).all()
-    assert case.features.cls.grad.any()
-
-
-@pytest.mark.parametrize(
-    ("name", "silent"),
-    [("no-overlap", {"reg", "loc2"}), ("no-overlap-batch-1", {"reg", "loc2"}), ("empty-mask", {"loc1"})],
-)
-def test_a_term_without_pairs_is_zero_with_zero_gradients(name: str, silent: set[str]):
-    case = CASES[name]()
-    for term, value in case.terms().losses.items():
-        assert (value.item() == 0) == (term in silent)
-        case.student.zero_grad()
-        value.backward(retain_graph=True)
-        grads = [p.grad for p in case.student.head.parameters()]
-        assert all(g is not None and torch.isfinite(g).all() for g in grads)
-        assert any(g.any() for g in grads) == (term not in silent)
-
-
-@pytest.mark.parametrize("reading", READINGS)
-def test_the_teachers_side_has_no_gradient(reading: str):
-    case = CASES["batch"](settings=replace(SETTINGS, region_target=reading))
-    case.teacher.cls.requires_grad_()
-    case.teacher.patches.requires_grad_()
-    case.terms().total.backward()
-    assert case.teacher.cls.grad is None and case.teacher.patches.grad is None
-    assert all(p.grad is None for p in case.target.parameters())
-
-
-@pytest.mark.parametrize("reading", READINGS)
-def test_the_regional_target_is_a_constant_for_the_students_gradient(reading: str, monkeypatch: pytest.MonkeyPatch):
-    """sg() of eq. 7: also where the target is read through, or from, the student's own patches.
-
-    Autograd against the central difference of the transcription with the target held fixed.
-    """
-    case = CASES["batch-1"](settings=replace(SETTINGS, region_target=reading))
-    drawn = Drawn(monkeypatch)
-    z = case.features.patches.requires_grad_()
-    case.terms().losses["reg"].backward()
-    direction = torch.randn(z.shape, generator=torch.Generator().manual_seed(5))
-    student, target = case.parameters
-    matches, regions = case.matches(), drawn.patches()
-
-    def pairs(moved: Tensor) -> list[list[tuple[Tensor, Tensor]]]:
-        return [
-            [
-                pair
-                for region in regions[a, b][0]
-                for pair in literal.regional_pairs(
-                    student,
-                    target,
-                    moved[a, 0],
-                    case.teacher.patches[b, 0],
-                    region,
-                    matches[a, b][0],
-                    num_heads=case.ca_heads,
-                    reading=reading,
-                )
-            ]
-            for a, b in DIRECTIONS
-        ]
-
-    still = pairs(z.detach().double())
-
-    def loss(step: float) -> float:
-        moved = pairs(z.detach().double() + step * direction.double())
-        terms = [
-            literal.mean(
-                [
-                    literal.entropy(mine, theirs, case.student.centre("region"), TEMPERATURE)
-                    for (mine, _), (_, theirs) in zip(*both, strict=True)
-                ]
-            )
-            for both in zip(moved, still, strict=True)
-        ]
-        return literal.mean(terms)
-
-    slope = (loss(1e-5) - loss(-1e-5)) / 2e-5
-    assert z.grad is not None
-    assert (z.grad * direction).sum().item() == pytest.approx(slope, rel=1e-3)
-
-
-# Invariants
-
-
-def disturb(tokens: Tensor, where: Tensor) -> None:
-    """Change the tokens at ``where``, and not by a constant, which a layer norm would take out again."""
-    tokens[where] += torch.randn(tokens[where].shape, generator=torch.Generator().manual_seed(11))
-
-
-def test_loc1_is_zero_without_augmented_patches():
-    assert CASES["empty-mask"]().terms().losses["loc1"].item() == 0
-
-
-def test_loc1_depends_on_augmented_patches_only():
-    case = CASES["batch"]()
-    before = case.terms().losses["loc1"].item()
-    mask = case.views.patch_mask
-    for features in (case.features, case.teacher):
-        disturb(features.patches, ~mask)
-    assert case.terms().losses["loc1"].item() == pytest.approx(before, rel=1e-6)
-    disturb(case.features.patches, mask)
-    assert case.terms().losses["loc1"].item() != pytest.approx(before, rel=1e-3)
-
-
-def test_loc1_weighs_images_not_patches():
-    """An image with one augmented patch counts as much as one with all of them (iBOT)."""
-    case = make_case([OVERLAPPING, OVERLAPPING])
-    mask = torch.zeros_like(case.views.patch_mask)
-    mask[:, 0, 3] = True
-    mask[:, 1] = True
-    image = torch.arange(2).view(1, 2, 1)
-    masks = (mask & (image == 0), mask & (image == 1), mask)
-    values = [case.terms(views=replace(case.views, patch_mask=m)).losses["loc1"].item() for m in masks]
-    assert min(values) > 0
-    assert values[0] + values[1] == pytest.approx(values[2], rel=1e-5)
-
-
-def test_loc2_depends_on_matched_patches_only():
-    case = CASES["one-without-overlap"]()
-    before = case.terms().losses["loc2"].item()
-    asking, answering = (torch.zeros(2, 2, 20, dtype=torch.bool) for _ in range(2))
-    for (a, b), found in case.matches().items():
-        for image, row in enumerate(found):
-            asking[a, image] = torch.tensor([other is not None for other in row])
-            answering[b, image, [other for other in row if other is not None]] = True
-    disturb(case.features.patches, ~asking)
-    disturb(case.teacher.patches, ~answering)
-    assert case.terms().losses["loc2"].item() == pytest.approx(before, rel=1e-6)
-    disturb(case.features.patches, asking)
-    assert case.terms().losses["loc2"].item() != pytest.approx(before, rel=1e-3)
-
-
-def test_region_patches_without_a_match_do_not_enter(monkeypatch: pytest.MonkeyPatch):
-    """With the output projection at zero CA(z) depends on its query alone, so that a query shows if it enters."""
-    case, drawn = CASES["one-without-overlap"](), Drawn(monkeypatch)
-    for objective in (case.student, case.target):
-        nn.init.zeros_(objective.cross_attention.proj.weight)
-    before = case.terms().losses["reg"].item()
-    matched = torch.zeros(2, 2, 20, dtype=torch.bool)
-    for (a, _), regions in zip(DIRECTIONS, drawn.regions, strict=True):
-        for image in range(2):
-            matched[a, image, regions.index[image][regions.matched[image]]] = True
-    assert 0 < matched.sum() < matched.numel()
-    disturb(case.features.patches, ~matched)
-    assert case.terms().losses["reg"].item() == pytest.approx(before, rel=1e-6)
-    disturb(case.features.patches, matched)
-    assert case.terms().losses["reg"].item() != pytest.approx(before, rel=1e-3)
-
-
-@pytest.mark.parametrize(("reading", "depends"), [("text", False), ("eq6", False), ("udi", True)])
-def test_only_udis_reading_sees_the_teachers_patches_outside_the_region(
-    reading: str, depends: bool, monkeypatch: pytest.MonkeyPatch
-):
-    case, drawn = CASES["one-without-overlap"](settings=replace(SETTINGS, region_target=reading)), Drawn(monkeypatch)
-    before = case.terms().losses["reg"].item()
-    outside = torch.ones(2, 2, 20, dtype=torch.bool)
-    for (_, b), regions in zip(DIRECTIONS, drawn.regions, strict=True):
-        for image in range(2):
-            outside[b, image, regions.match_index[image][regions.matched[image]]] = False
-    disturb(case.teacher.patches, outside)
-    changed = case.terms().losses["reg"].item() != pytest.approx(before, rel=1e-6)
-    assert changed == depends
-
-
-def test_locals_enter_the_global_term_only():
-    case = CASES["batch"]()
-    before = case.terms().losses
-    case.local.cls[0] += torch.linspace(0, 1, DIM)
-    case.local.patches[0] += torch.linspace(0, 1, DIM)
-    after = case.terms().losses
-    assert {name for name in before if not torch.equal(before[name], after[name])} == {"glob"}
-
-
-def test_with_two_equal_views_both_local_terms_are_one():
-    """The same window twice, all patches augmented: each patch then matches itself in either view."""
-    settings = replace(SETTINGS, terms=("loc1", "loc2"))
-    case = make_case([(OVERLAPPING[0], OVERLAPPING[0])], mask_share=1.1, settings=settings)
-    student, teacher = (f.patches[:1].expand(2, -1, -1, -1) for f in (case.features, case.teacher))
-    found = case.terms(
-        student=(replace(case.features, patches=student), case.local), teacher=replace(case.teacher, patches=teacher)
-    ).losses
-    assert found["loc1"].item() == pytest.approx(found["loc2"].item(), rel=1e-5)
-
-
-def test_regions_need_attention():
-    case = CASES["batch"]()
-    with pytest.raises(ValueError, match="attention"):
-        case.terms(teacher=replace(case.teacher, attention=None))
-
-
 def test_autocast_changes_little_and_keeps_float32():
     case = CASES["batch"]()
     expected = case.terms().losses
@@ -605,63 +260,6 @@ def test_health_is_measured():
     marginal = [literal.mean(column) for column in zip(*prob, strict=True)]
     assert health["marginal_entropy"].item() == approx(entropy(marginal))
     assert not any(value.requires_grad for value in health.values())
-
-
-# The cross-attention
-
-
-def attention_module(heads: int = 2, dim: int = DIM) -> CrossAttention:
-    made = CrossAttention(dim, heads)
-    randomise(made, 3)
-    return made
-
-
-@pytest.mark.parametrize(("heads", "dim"), [(1, 8), (2, 8), (4, 16), (6, 24)])
-def test_cross_attention_is_equation_5(heads: int, dim: int):
-    made, generator = attention_module(heads, dim), torch.Generator().manual_seed(0)
-    query, context = (torch.randn(3, size, dim, generator=generator) for size in (4, 7))
-    valid = torch.rand(3, 7, generator=generator) < 0.5
-    valid[:, 2] = True
-    parameters = {f"cross_attention.{name}": value for name, value in made.state_dict().items()}
-    for mask in (None, valid):
-        found = made(query, context) if mask is None else made(query, context, mask)
-        assert found.shape == query.shape
-        for image in range(3):
-            keys = [c for k, c in enumerate(context[image]) if mask is None or mask[image, k]]
-            for number in range(4):
-                expected = literal.cross_attention(query[image, number], keys, parameters, heads)
-                torch.testing.assert_close(found[image, number].double(), expected, atol=1e-5, rtol=1e-4)
-
-
-def test_cross_attention_of_nothing_is_finite():
-    made, query = attention_module(), torch.randn(2, 3, DIM)
-    result = made(query, torch.randn(2, 5, DIM), torch.zeros(2, 5, dtype=torch.bool))
-    result.sum().backward()
-    assert torch.isfinite(result).all()
-    assert all(torch.isfinite(p.grad).all() for p in made.parameters())
-
-
-def test_cross_attention_starts_as_two_norms():
-    made, query = CrossAttention(DIM, 2), torch.randn(2, 3, DIM)
-    found = made(query, torch.randn(2, 5, DIM))
-    norm = nn.LayerNorm(DIM, eps=1e-6)
-    torch.testing.assert_close(found, norm(norm(query)))
-    assert made.qkv.weight.std() > 0
-
-
-def test_cross_attention_has_udis_parameters():
-    names = {name: tuple(p.shape) for name, p in CrossAttention(384, 6).state_dict().items()}
-    assert names == {
-        "norm1.weight": (384,),
-        "norm1.bias": (384,),
-        "qkv.weight": (1152, 384),
-        "qkv.bias": (1152,),
-        "proj.weight": (384, 384),
-        "proj.bias": (384,),
-        "norm.weight": (384,),
-        "norm.bias": (384,),
-    }
-    assert sum(math.prod(size) for size in names.values()) == 592_896
 
 
 def test_defaults_are_the_papers():
