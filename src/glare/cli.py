@@ -3,11 +3,11 @@
 import importlib
 import sys
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import cast
 
 from glare.errors import UserError
 from glare.recipes import nearest
+from glare.versions import version_of
 
 JOBS = {
     "demo": ("glare.demo:main", "adapt, fine-tune and compare on the built-in scenes, without a network"),
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_help())
         return 0
     if job == "--version":
-        print(f"glare {_version()}")
+        print(f"glare {version_of('glare-ssl')}")
         return 0
     if job not in JOBS:
         return _complain("glare", f"{_unknown(job)}; `glare --help` lists the jobs")
@@ -90,13 +90,6 @@ def _help() -> str:
             "--version prints the version, --help this text.",
         ]
     )
-
-
-def _version() -> str:
-    try:
-        return version("glare-ssl")
-    except PackageNotFoundError:
-        return "(not installed)"
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ from glare.inference import DEFAULT_TILING, Tiling, class_names, load_segmenter,
 from glare.metrics import SegmentationScores, confusion_matrix
 from glare.recipes import option, required
 from glare.run_folder import atomic_write_json
-from glare.runtime import DEVICES, PRECISIONS, make_accelerator, versions
+from glare.runtime import DEVICES, PRECISIONS, make_accelerator
+from glare.versions import versions
 from glare.views import Normalisation
 from glare.yaml_files import read_mapping
 

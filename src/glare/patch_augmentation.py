@@ -24,7 +24,7 @@ def sample_patch_mask(
     """Patches to augment, (count, rows * columns) bool, on the CPU.
 
     An image is left alone with probability 1 - ``prob``; otherwise ``int(r * patches)`` of its patches are chosen
-    with r ~ U(ratio), at random places or in BEiT's blocks (iBOT's sampler; section 6.3 of its settings).
+    with r ~ U(ratio), at random places or in BEiT's blocks, as iBOT samples its masks (paper section 7.2).
     """
     patches = grid[0] * grid[1]
     active = torch.rand(count, generator=generator) < prob

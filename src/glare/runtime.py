@@ -1,10 +1,8 @@
 """What all training jobs share below the loop: processes and precision, seeded draws, clocks, optimizer state."""
 
-import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -110,9 +108,3 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
         number, name = key.split(".", 1)
         state.setdefault(int(number), {})[name] = value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-
-
-def versions() -> dict[str, str]:
-    """Versions of what computed a result."""
-    names = ("glare-ssl", "torch", "transformers", "peft", "accelerate")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}

@@ -3,7 +3,7 @@
 from typing import Self
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from glare.features import Features, encode, use_packed_attention
@@ -42,11 +42,11 @@ class Student(nn.Module):
         generator: torch.Generator,
     ) -> Terms:
         """Loss terms of one batch; ``teacher`` are ``target.target_features(views)``."""
-        groups = [views.augmented, views.local] if len(views.local) else [views.augmented]
-        features = encode(self.backbone, groups, mask=views.patch_mask, mask_token=self.mask_token)
-        local = features[1] if len(views.local) else _no_views(features[0])
+        global_, local = encode(
+            self.backbone, [views.augmented, views.local], mask=views.patch_mask, mask_token=self.mask_token
+        )
         terms: Terms = self.objective(
-            (features[0], local),
+            (global_, local),
             teacher,
             views,
             target=target.objective,
@@ -54,8 +54,3 @@ class Student(nn.Module):
             generator=generator,
         )
         return terms
-
-
-def _no_views(like: Features) -> Features:
-    empty: Tensor = like.cls[:0]
-    return Features(cls=empty, patches=like.patches[:0])

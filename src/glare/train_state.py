@@ -23,7 +23,9 @@ class TrainState:
 
     def tensors(self) -> dict[str, Tensor]:
         """What trains, its averages, the centres and the optimizer, by name."""
-        named: dict[str, Tensor] = {f"student.{name}": p for name, p in self.student.named_parameters() if p.requires_grad}
+        named: dict[str, Tensor] = {
+            f"student.{name}": p for name, p in self.student.named_parameters() if p.requires_grad
+        }
         named |= {f"teacher.{name}": p for name, p, _ in averaged_parameters(self.teacher, self.student)}
         named |= {f"objective.{name}": buffer for name, buffer in self.student.objective.named_buffers()}
         return named | {f"optimizer.{name}": value for name, value in optimizer_tensors(self.optimizer).items()}

@@ -1,0 +1,44 @@
+"""Every recipe that is shipped can be read by its job, and the paper's hold the paper's numbers."""
+
+from pathlib import Path
+
+import pytest
+
+from glare.finetune import FinetuneRecipe
+from glare.pretrain import PretrainRecipe
+from glare.pretrain_plan import Plan
+from glare.recipes import parse
+
+RECIPES = Path(__file__).parents[1] / "training" / "recipes"
+FILES = sorted(RECIPES.rglob("*.yaml"))
+PRETRAIN = ["--backbone", "b", "--data", "d", "--output", "o"]
+FINETUNE = ["--model", "m", "--data", "d", "--output", "o"]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(RECIPES)))
+def test_the_recipe_is_read_and_its_header_has_the_command(file: Path) -> None:
+    job, given = (FinetuneRecipe, FINETUNE) if file.name.startswith("fpn_") else (PretrainRecipe, PRETRAIN)
+    parse(job, ["--recipe", str(file), *given], prog="test")
+    header = [line for line in file.read_text().splitlines() if line.startswith("#")]
+    assert any(str(file.relative_to(RECIPES.parents[1])) in line for line in header)
+
+
+@pytest.mark.parametrize(("name", "images", "steps"), [("loveda", 2522, 400), ("ade20k", 20210, 3900)])
+def test_the_paper_s_schedule(name: str, images: int, steps: int) -> None:
+    recipe = parse(PretrainRecipe, ["--recipe", str(RECIPES / f"udi_glare_{name}.yaml"), *PRETRAIN], prog="test")
+    assert recipe.batch_size == 512 and recipe.epochs == 100
+    per_epoch = images // recipe.batch_size
+    assert recipe.epochs * per_epoch == steps
+    assert recipe.warmup_steps == recipe.freeze_last_layer_steps == per_epoch
+    assert recipe.glare.prototypes == 8192 and recipe.glare.regions.count == 6 and recipe.views.num_local == 10
+    values = {name: getattr(recipe, name) for name in Plan.__dataclass_fields__} | {"steps": steps}
+    plan = Plan(**values)
+    assert plan.learning_rate_at(per_epoch) == pytest.approx(1.5e-4)
+    assert plan.momentum_at(0) == 0.996 and plan.momentum_at(steps - 1) == 1.0
+    assert plan.temperature_at(round(0.3 * steps)) == pytest.approx(0.07)
+
+
+def test_the_teacher_of_the_loveda_run_keeps_nearly_half_of_its_start() -> None:
+    recipe = parse(PretrainRecipe, ["--recipe", str(RECIPES / "udi_glare_loveda.yaml"), *PRETRAIN], prog="test")
+    values = {name: getattr(recipe, name) for name in Plan.__dataclass_fields__} | {"steps": 400}
+    assert Plan(**values).kept_by_teacher() == pytest.approx(0.45, abs=0.01)
