@@ -126,9 +126,7 @@ def test_the_command_prints_a_table_and_writes_json(
     assert scores["miou"] == pytest.approx(np.mean(defined))
 
 
-def test_the_split_defaults_to_val(
-    model_folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_split_defaults_to_val(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for split, count in (("train", 3), ("val", 2)):
         write_labelled(tmp_path / "parts" / split, count)
     argv = ["evaluate", "--model", str(model_folder), "--data", str(tmp_path / "parts")]

@@ -1,4 +1,3 @@
-import os
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ def model(make_vit_config: Any) -> PreTrainedModel:
     config = GlareConfig(backbone_config=make_vit_config(), id2label=dict(enumerate(CLASSES)))
     torch.manual_seed(0)
     made = GlareForSemanticSegmentation(config)
-    torch.nn.init.normal_(made.head.classifier.weight)
+    torch.nn.init.normal_(made.head.classifier.weight, std=0.1)
     made.config.palette = COLOURS.tolist()
     return made.eval()
 
@@ -149,13 +148,14 @@ def test_predict_writes_label_maps_and_overlays(folder: Path, model: PreTrainedM
         precision="fp32",
     )
     assert predict(recipe) == []
-    names = sorted(os.listdir(tmp_path / "out"))
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == sorted(f"{stem}{end}.png" for stem in ("a", "a_2", "grey") for end in ("", "_overlay"))
     with Image.open(tmp_path / "out" / "a.png") as label:
         assert label.mode == "P" and label.size == (30, 20)
         assert np.array_equal(np.array(label), segment(model, [picture(30, 20)], normalise=NORMALISE)[0])
         assert label.getpalette()[:9] == COLOURS.ravel().tolist()  # type: ignore[index]
-    assert Image.open(tmp_path / "out" / "a_2.png").size == (17, 11)
+    with Image.open(tmp_path / "out" / "a_2.png") as label:
+        assert label.size == (17, 11)
     with Image.open(tmp_path / "out" / "a_overlay.png") as overlay:
         assert overlay.mode == "RGB" and overlay.height > 20
 
@@ -171,7 +171,7 @@ def test_a_bad_image_is_reported_or_an_error(folder: Path, tmp_path: Path, capsy
     argv[4] = str(tmp_path / "strict")
     assert glare_main([*argv, "--strict"]) == 2
     assert "bad.png: not an image" in capsys.readouterr().err
-    assert os.listdir(tmp_path / "strict") == []
+    assert not list((tmp_path / "strict").iterdir())
 
 
 def test_nothing_to_segment_is_an_error(folder: Path, tmp_path: Path) -> None:

@@ -242,7 +242,7 @@ def read_losses(metrics: Path) -> dict[str, list[Point]]:
 
 def smooth(points: Sequence[Point]) -> list[Point]:
     """A running mean over the neighbours on both sides, of which there are fewer at the ends."""
-    reach = max(1, round(len(points) * SMOOTHING))
+    reach = round(len(points) * SMOOTHING)
     windows = (points[max(0, place - reach) : place + reach + 1] for place in range(len(points)))
     means = [sum(value for _, value in window) / len(window) for window in windows]
     return [(step, mean) for (step, _), mean in zip(points, means, strict=True)]

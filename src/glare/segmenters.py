@@ -128,7 +128,7 @@ def image_processor(normalise: Normalisation, *, size: int, patch: int) -> DPTIm
 def synchronised(segmenter: PreTrainedModel, *, processes: int) -> PreTrainedModel:
     """Batch norms that count over all GPUs, as mmsegmentation's; the same module on one process or on the CPU."""
     if processes > 1 and next(segmenter.parameters()).device.type == "cuda":
-        return cast(PreTrainedModel, nn.SyncBatchNorm.convert_sync_batchnorm(segmenter))  # type: ignore[no-untyped-call]
+        return cast(PreTrainedModel, nn.SyncBatchNorm.convert_sync_batchnorm(segmenter))
     return segmenter
 
 
