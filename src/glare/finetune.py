@@ -181,8 +181,8 @@ def run(recipe: FinetuneRecipe) -> Path:
             scores, _ = judge(job, model)
             folder.log(done, miou=scores.miou, aacc=scores.aacc, macc=scores.macc)
     bar.close()
-    accelerator.end_training()
     finish(job, model, folder)
+    accelerator.end_training()
     return folder.path
 
 
