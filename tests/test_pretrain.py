@@ -166,6 +166,12 @@ def test_other_things_to_train(given: Callable[..., dict[str, Any]], vit: Path, 
         assert not (folder / "adapter").exists()
 
 
+def test_adapters_after_whole_blocks(given: Callable[..., dict[str, Any]]) -> None:
+    folder = pretrain.run(given("run", adapter_place="block"))
+    names = {name for name in load_file(folder / "adapter/adapter_model.safetensors") if "uniadapter_up" in name}
+    assert len(names) == 6 and all(".layer." in name and ".attention." not in name for name in names)
+
+
 def test_adapters_go_on_training(given: Callable[..., dict[str, Any]]) -> None:
     first = pretrain.run(given("first"))
     second = pretrain.run(given("second", backbone=str(first)))

@@ -63,11 +63,12 @@ def _unknown(name: str, error: Exception) -> str:
     )
 
 
-def adapt(model: GlareModel, kind: str, *, rank: int, scale: float) -> GlareModel:
+def adapt(model: GlareModel, kind: str, *, rank: int, scale: float, place: str = "attention") -> GlareModel:
     """Freeze what does not train and add fresh adapters; a model that already has adapters goes on training them.
 
-    ``kind``: ``uniadapter`` (eq. 3 after every attention layer), ``lora`` (the same layers' linear projections),
-    ``norm`` (the layer norms) or ``full`` (every weight).
+    ``kind``: ``uniadapter`` (eq. 3), ``lora`` (on the linear projections of every attention layer), ``norm`` (the
+    layer norms) or ``full`` (every weight). ``place``: of ``uniadapter``, after every ``attention`` layer as the
+    paper's section 3.2 says, or after every whole ``block``, the other reading of its x.
     """
     backbone = model.backbone
     if model.config.adapter_config is not None:
@@ -77,7 +78,7 @@ def adapt(model: GlareModel, kind: str, *, rank: int, scale: float) -> GlareMode
                 f"the backbone already has {present} adapters, --adapter {kind} is not possible: give {present}"
             )
     elif kind in ("uniadapter", "lora"):
-        model = GlareModel.from_backbone(backbone, _adapter_config(backbone, kind, rank=rank, scale=scale))
+        model = GlareModel.from_backbone(backbone, _adapter_config(backbone, kind, rank=rank, scale=scale, place=place))
     for name, parameter in model.backbone.named_parameters():
         trains = any(part in name for part in ("uniadapter_", "lora_")) or (kind == "full" and "mask_token" not in name)
         parameter.requires_grad_(trains)
@@ -88,10 +89,12 @@ def adapt(model: GlareModel, kind: str, *, rank: int, scale: float) -> GlareMode
     return model
 
 
-def _adapter_config(backbone: PreTrainedModel, kind: str, *, rank: int, scale: float) -> PeftConfig:
+def _adapter_config(backbone: PreTrainedModel, kind: str, *, rank: int, scale: float, place: str) -> PeftConfig:
+    blocks = list(vit_blocks(backbone))
     if kind == "uniadapter":
-        return UniAdapterConfig(r=rank, scale=scale)
-    attention = vit_blocks(backbone)[0].get_submodule("attention")
+        names = [name for name, module in backbone.named_modules() if any(module is block for block in blocks)]
+        return UniAdapterConfig(r=rank, scale=scale, target_modules=names if place == "block" else None)
+    attention = blocks[0].get_submodule("attention")
     targets = [name.rsplit(".", 1)[-1] for name, child in attention.named_modules() if isinstance(child, nn.Linear)]
     return LoraConfig(r=rank, lora_alpha=scale * rank, target_modules=targets)
 

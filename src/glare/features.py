@@ -21,6 +21,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from glare.modeling_glare import final_norm, vit_blocks
+from glare.uniadapter import unwrapped
 
 ATTENTION = "glare_packed"
 
@@ -71,7 +72,7 @@ def encode(
             embedded.append(_embed(model, group.flatten(0, 1)))
     packing = _Packing([(len(tokens), tokens.shape[1]) for tokens in embedded])
     if attention:
-        packing.recorded = vit_blocks(model)[-1].get_submodule("attention")
+        packing.recorded = unwrapped(vit_blocks(model)[-1]).get_submodule("attention")
     rotary = _rotary(model, [group.flatten(0, 1) for group in views], packing)
     hidden = torch.cat([tokens.flatten(0, 1) for tokens in embedded]).unsqueeze(0)
     for block in vit_blocks(model):

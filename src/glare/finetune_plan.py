@@ -1,7 +1,8 @@
 """Settings of a fine-tuning run, derived from how many labelled images there are and how large they are.
 
 mmsegmentation's 6e-5 for every weight is made for 20,000 steps and more. A run of hundreds of steps does not get a
-fresh head anywhere with it, so short runs have larger rates, and one of its own for the pre-trained part.
+fresh head anywhere with it, so short runs have a larger rate, and a smaller one of its own for the pre-trained part:
+with DINOv2 ViT-S/14 and 25 images of Dubai, 80 steps of 8, 3e-5 scored 46.9 mIoU, 1e-5 45.0, 1e-4 42.5 (one seed).
 """
 
 from dataclasses import dataclass, fields, replace
@@ -31,7 +32,7 @@ def make_plan(given: Any, *, num_images: int, short_side: int, patch: int, on_cp
 
     Steps: 40 passes, but 200 to 40,000. Warm-up: a tenth of the steps, at most 1500. Crops: the images' short side,
     at most 512 px, or 256 px on a CPU, in whole patches. Batch: 8, or 4 on a CPU. Rates: 6e-5 throughout where the
-    run sees 160,000 images, otherwise 1e-3 for the head and 1e-4 below it.
+    run sees 160,000 images, otherwise 1e-3 for the head and 3e-5 below it.
     """
     batch_size = given.batch_size or (4 if on_cpu else 8)
     steps = given.steps or max(STEPS[0], min(STEPS[1], PASSES * num_images // batch_size))
@@ -42,7 +43,7 @@ def make_plan(given: Any, *, num_images: int, short_side: int, patch: int, on_cp
         crop_size=max(1, min(MAX_CROP[on_cpu], short_side) // patch) * patch,
         warmup_steps=min(MAX_WARMUP, steps // 10),
         learning_rate=6e-5 if long else 1e-3,
-        backbone_learning_rate=6e-5 if long else 1e-4,
+        backbone_learning_rate=6e-5 if long else 3e-5,
     )
     set_ones = {name: value for name in names() if (value := getattr(given, name)) is not None}
     return replace(derived, **set_ones)

@@ -56,7 +56,7 @@ def patch_centres(grid: Grid, *, device: torch.device | None = None) -> Tensor:
     return torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).flatten(0, 1)
 
 
-def match(a: Crop, b: Crop, grid_a: Grid, grid_b: Grid | None = None) -> tuple[Tensor, Tensor]:
+def match(a: Crop, b: Crop, grid_a: Grid, grid_b: Grid | None = None, *, min_iou: float = 0.0) -> tuple[Tensor, Tensor]:
     """For every patch of view ``a`` the patch of view ``b`` whose cell holds its centre: h of paper eq. 9.
 
     Args:
@@ -64,6 +64,8 @@ def match(a: Crop, b: Crop, grid_a: Grid, grid_b: Grid | None = None) -> tuple[T
         b: crops (..., 2) of the same images.
         grid_a: patches of ``a`` as (rows, columns).
         grid_b: patches of ``b``; that of ``a`` where not given.
+        min_iou: pairs that overlap by no more than this have no match. From 0.5 on, the match is the only patch of
+            ``b`` that can overlap so much: the cells of ``b`` are disjoint.
 
     Returns:
         ``index`` (..., n) int64 into the row-major patches of ``b`` (0 where there is none), and ``valid``
@@ -75,7 +77,19 @@ def match(a: Crop, b: Crop, grid_a: Grid, grid_b: Grid | None = None) -> tuple[T
     valid = ((points >= 0) & (points < 1)).all(dim=-1)
     cell = (points * points.new_tensor([columns, rows])).floor().long()
     index = cell[..., 1].clamp(0, rows - 1) * columns + cell[..., 0].clamp(0, columns - 1)
+    if min_iou > 0:
+        valid = valid & (_overlap(a, b, points, cell, (grid_a, (rows, columns))) > min_iou)
     return torch.where(valid, index, 0), valid
+
+
+def _overlap(a: Crop, b: Crop, centre: Tensor, cell: Tensor, grids: tuple[Grid, Grid]) -> Tensor:
+    """Intersection over union of a's patches, given by their centres in b, with cells of b: (..., n)."""
+    side_a, side_b = (centre.new_tensor([1 / grid[1], 1 / grid[0]]) for grid in grids)
+    half = (side_a * (a.scale / b.scale).abs() / 2).unsqueeze(-2)
+    low = torch.maximum(centre - half, cell * side_b)
+    high = torch.minimum(centre + half, (cell + 1) * side_b)
+    shared = (high - low).clamp(min=0).prod(dim=-1)
+    return shared / ((2 * half).prod(dim=-1) + side_b.prod() - shared)
 
 
 def random_resized_crops(

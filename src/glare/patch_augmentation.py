@@ -71,24 +71,30 @@ def augment_patches(
     Args:
         images: (n, 3, h, w), normalised.
         mask: (n, patches) bool, row-major.
-        kind: ``blur`` (the whole view with a Gaussian, then composed), ``noise`` (Gaussian, added), ``rotation``
-            (each patch by 90, 180 or 270 degrees), or ``mask`` (left to the encoder, the images come back as given).
+        kind: ``blur`` (the whole view with a Gaussian, then composed), ``inner_blur`` (each patch by itself, so that
+            nothing leaks in from its neighbours), ``noise`` (Gaussian, added), ``rotation`` (each patch by 90, 180
+            or 270 degrees), or ``mask`` (left to the encoder, the images come back as given).
         patch_size: side of a patch in px.
-        blur_sigma: of ``blur``, in patch sides.
+        blur_sigma: of both blurs, in patch sides.
         generator: for noise and rotation, on the CPU.
     """
     rows = mask.any(dim=1).nonzero().squeeze(1)
     if kind == "mask" or not len(rows):
         return images
     chosen = images[rows]
-    if kind == "blur":
-        changed = _blur(chosen, blur_sigma * patch_size)
-    elif kind == "noise":
-        changed = chosen + NOISE_STD * torch.randn(chosen.shape, generator=generator).to(chosen)
-    else:
-        changed = _rotate(chosen, patch_size, generator)
     where = _to_pixels(mask[rows], patch_size, chosen.shape[-2:])
-    return images.index_copy(0, rows, torch.where(where, changed, chosen))
+    if kind == "blur":
+        changed = torch.where(where, _blur(chosen, blur_sigma * patch_size), chosen)
+    elif kind == "noise":
+        noise = torch.randn(chosen.shape, generator=generator).to(chosen)
+        changed = torch.where(where, chosen + NOISE_STD * noise, chosen)
+    else:
+        patches = _split(chosen, patch_size)
+        picked = patches[mask[rows]]
+        rotated = kind == "rotation"
+        patches[mask[rows]] = _rotate(picked, generator) if rotated else _blur(picked, blur_sigma * patch_size)
+        changed = _join(patches, chosen.shape)
+    return images.index_copy(0, rows, changed)
 
 
 def _to_pixels(mask: Tensor, patch_size: int, size: torch.Size) -> Tensor:
@@ -97,17 +103,30 @@ def _to_pixels(mask: Tensor, patch_size: int, size: torch.Size) -> Tensor:
     return grid.repeat_interleave(patch_size, dim=2).repeat_interleave(patch_size, dim=3)
 
 
+def _split(images: Tensor, patch_size: int) -> Tensor:
+    """(n, c, h, w) -> (n, patches, c, p, p), row-major, a copy."""
+    rows, columns = images.shape[2] // patch_size, images.shape[3] // patch_size
+    cells = images.view(*images.shape[:2], rows, patch_size, columns, patch_size)
+    return cells.permute(0, 2, 4, 1, 3, 5).flatten(1, 2).contiguous()
+
+
+def _join(patches: Tensor, shape: torch.Size) -> Tensor:
+    """Undo ``_split``."""
+    side = patches.shape[-1]
+    cells = patches.unflatten(1, (shape[2] // side, shape[3] // side))
+    images: Tensor = cells.permute(0, 3, 1, 4, 2, 5).reshape(shape)
+    return images
+
+
 def _blur(images: Tensor, sigma_px: float) -> Tensor:
     sigma = images.new_full((len(images),), sigma_px)
     return gaussian_blur(images, sigma, radius=math.ceil(3 * sigma_px))
 
 
-def _rotate(images: Tensor, patch_size: int, generator: torch.Generator) -> Tensor:
-    count, channels, height, width = images.shape
-    grid = (count, channels, height // patch_size, patch_size, width // patch_size, patch_size)
-    patches = images.view(grid).transpose(3, 4)  # (n, c, rows, columns, p, p)
-    turns = torch.randint(1, 4, (count, 1, grid[2], grid[4], 1, 1), generator=generator).to(images.device)
+def _rotate(patches: Tensor, generator: torch.Generator) -> Tensor:
+    """Each of (k, c, p, p) by one, two or three quarter turns."""
+    turns = torch.randint(1, 4, (len(patches), 1, 1, 1), generator=generator).to(patches.device)
     turned = patches
-    for k in (1, 2, 3):
-        turned = torch.where(turns == k, patches.rot90(k, dims=(4, 5)), turned)
-    return turned.transpose(3, 4).reshape(images.shape)
+    for quarter in (1, 2, 3):
+        turned = torch.where(turns == quarter, patches.rot90(quarter, dims=(2, 3)), turned)
+    return turned

@@ -54,6 +54,9 @@ class PretrainRecipe:
     match: str | None = option(None, "globs on file stems, comma-separated, ! excludes")
     objective: str = option("glare", "what is learned", choices=tuple(OBJECTIVES))
     adapter: str = option("uniadapter", "what trains in the backbone", choices=ADAPTERS)
+    adapter_place: str = option(
+        "attention", "where uniadapter sits, after each attention layer or each block", choices=("attention", "block")
+    )
     rank: int = option(64, "width of the adapters")
     scale: float = option(0.1, "factor on the adapters' output")
     steps: int | None = option(None, "optimizer steps; derived from the number of images where not given")
@@ -123,7 +126,7 @@ def run(given: Mapping[str, Any]) -> Path:
 
     # student, teacher, optimizer
     torch.manual_seed(recipe.seed)
-    model = adapt(model, recipe.adapter, rank=recipe.rank, scale=recipe.scale)
+    model = adapt(model, recipe.adapter, rank=recipe.rank, scale=recipe.scale, place=recipe.adapter_place)
     student = make_student(model, recipe).to(accelerator.device)
     teacher = make_teacher(student)
     optimizer = torch.optim.AdamW(parameter_groups(student, recipe.weight_decay), lr=0.0)

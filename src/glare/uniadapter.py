@@ -38,12 +38,13 @@ _NOT_MERGEABLE = (
 )
 
 
-def _base(module: nn.Module) -> nn.Module:
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Return the module below its adapters, the module itself where it has none."""
     return cast(nn.Module, module.get_base_layer()) if isinstance(module, BaseTunerLayer) else module
 
 
 def _is_block(module: nn.Module) -> bool:
-    return {"attention", "mlp"} <= {name for name, _ in _base(module).named_children()}
+    return {"attention", "mlp"} <= {name for name, _ in unwrapped(module).named_children()}
 
 
 def vit_blocks(model: nn.Module) -> nn.ModuleList:
@@ -62,7 +63,7 @@ def vit_blocks(model: nn.Module) -> nn.ModuleList:
 
 def _linears(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Linear]]:
     """Yield the dense layers of a module in order, adapted or not, but none inside an adapter."""
-    base = _base(module)
+    base = unwrapped(module)
     if isinstance(base, nn.Linear):
         yield name, base
     for child_name, child in base.named_children():
@@ -73,7 +74,7 @@ def _last_linear(module: nn.Module, name: str = "") -> tuple[str, nn.Linear]:
     linears = list(_linears(module, name))
     if not linears:
         raise ValueError(
-            f"UniAdapter cannot adapt {type(_base(module)).__name__}: it adapts dense layers and modules "
+            f"UniAdapter cannot adapt {type(unwrapped(module)).__name__}: it adapts dense layers and modules "
             "that end in one, such as a whole ViT block; change `target_modules`."
         )
     return linears[-1]
@@ -81,7 +82,7 @@ def _last_linear(module: nn.Module, name: str = "") -> tuple[str, nn.Linear]:
 
 def default_target_modules(model: nn.Module) -> set[str]:
     """Return the names, within a block, of the output projection of the attention: its last dense layer."""
-    return {_last_linear(_base(block).get_submodule("attention"), "attention")[0] for block in vit_blocks(model)}
+    return {_last_linear(unwrapped(block).get_submodule("attention"), "attention")[0] for block in vit_blocks(model)}
 
 
 @dataclass
@@ -269,7 +270,7 @@ class UniAdapterModel(BaseTuner):
         if isinstance(target, UniAdapterLayer):
             target.update_layer(adapter_name, peft_config)
             return
-        layer_cls = UniAdapterLinear if isinstance(_base(target), nn.Linear) else UniAdapterBlock
+        layer_cls = UniAdapterLinear if isinstance(unwrapped(target), nn.Linear) else UniAdapterBlock
         self._replace_module(parent, target_name, layer_cls(target, adapter_name, peft_config), target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:

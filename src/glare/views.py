@@ -11,7 +11,7 @@ from glare.patch_augmentation import augment_patches, sample_patch_mask
 from glare.photometric import colour_jitter, gaussian_blur, grey, solarize
 from glare.recipes import option
 
-PATCH_AUGMENTATIONS = ("blur", "mask", "noise", "rotation", "none")
+PATCH_AUGMENTATIONS = ("blur", "inner_blur", "mask", "noise", "rotation", "none")
 BLUR_SIGMA_PX = (0.1, 2.0)
 BLUR_RADIUS_PX = 6
 NUM_GLOBAL = 2
@@ -65,6 +65,12 @@ class Views:
     local_crops: Crop
     patch_mask: Tensor
     grid: Grid
+
+    @property
+    def local_grid(self) -> Grid:
+        """Patches of a local view as (rows, columns)."""
+        patch = self.global_.shape[-1] // self.grid[1]
+        return self.local.shape[-2] // patch, self.local.shape[-1] // patch
 
 
 @dataclass(frozen=True)

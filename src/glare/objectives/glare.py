@@ -18,6 +18,7 @@ Readings of the paper that are choices:
 """
 
 from dataclasses import dataclass
+from itertools import product
 from typing import Self
 
 import torch
@@ -51,6 +52,8 @@ class GlareSettings:
         "what the teacher's cross-attention reads: R' through R, eq. 6 as printed, or all of Z' (UDI)",
         choices=("text", "eq6", "udi"),
     )
+    min_overlap: float = option(0.0, "patches correspond only if their intersection over union is above this")
+    local_queries: bool = option(False, "the patches of local views enter L_loc2 too")
     regions: RegionConfig = option(RegionConfig(), "how regions are drawn")
 
 
@@ -159,7 +162,9 @@ class _Step:
         self.student, self.local = student
         self.teacher, self.views = teacher, views
         crops = views.global_crops
-        self.matches = [match(crops[a], crops[b], views.grid) for a, b in DIRECTIONS]
+        self.matches = [
+            match(crops[a], crops[b], views.grid, min_iou=objective.config.min_overlap) for a, b in DIRECTIONS
+        ]
         self.batch_sums: dict[str, tuple[Tensor, Tensor]] = {}
         self.health = {"matched_share": torch.stack([valid for _, valid in self.matches]).float().mean()}
         self._teacher_patches: Tensor | None = None
@@ -188,12 +193,24 @@ class _Step:
 
     def cross_view_patch_term(self) -> Tensor:
         """L_loc2, eq. 9: every patch of a student view against the corresponding patch of the other teacher view."""
-        terms = []
-        for (a, b), (index, valid) in zip(DIRECTIONS, self.matches, strict=True):
-            image, _ = valid.nonzero(as_tuple=True)
-            entropy = self._patch_entropy(self.student.patches[a][valid], self.teacher_patches[b][image, index[valid]])
-            terms.append(masked_mean(entropy, valid.sum()))
+        terms = [
+            self._corresponding(self.student.patches[a], b, found)
+            for (a, b), found in zip(DIRECTIONS, self.matches, strict=True)
+        ]
+        if self.objective.config.local_queries:
+            views, least = self.views, self.objective.config.min_overlap
+            for a, b in product(range(len(views.local)), range(len(views.global_))):
+                crops = views.local_crops[a], views.global_crops[b]
+                found = match(*crops, views.local_grid, views.grid, min_iou=least)
+                terms.append(self._corresponding(self.local.patches[a], b, found))
         return torch.stack(terms).mean()
+
+    def _corresponding(self, student: Tensor, view: int, found: tuple[Tensor, Tensor]) -> Tensor:
+        """Mean of H over the patches (b, n, d) of one student view that have a match in a teacher view."""
+        index, valid = found
+        image, _ = valid.nonzero(as_tuple=True)
+        entropy = self._patch_entropy(student[valid], self.teacher_patches[view][image, index[valid]])
+        return masked_mean(entropy, valid.sum())
 
     def regional_term(self, generator: torch.Generator) -> Tensor:
         """L_reg, eq. 7: region patches in the context of their view against what R' holds for them."""
