@@ -1,5 +1,6 @@
 """The ViT an adaptation starts from: found, loaded in float32 and given what is to train (paper section 3.2)."""
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from glare.errors import UserError
@@ -29,10 +30,11 @@ def load_backbone(name: str) -> GlareModel:
     """
     folder = resolve_backbone(name)
     try:
+        config = AutoConfig.from_pretrained(folder)
         if folder.endswith(".json"):
-            model = AutoModel.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
+            model = AutoModel.from_config(config, dtype=torch.float32)
         else:
-            model = AutoModel.from_pretrained(folder, dtype=torch.float32)
+            model = AutoModel.from_pretrained(folder, dtype=torch.float32, **_without_pooler(config))
     except (OSError, ValueError, KeyError) as error:
         raise UserError(_unknown(name, error)) from error
     if not isinstance(model, GlareModel):
@@ -53,6 +55,13 @@ def resolve_backbone(name: str) -> str:
     if (folder / "recipe.yaml").exists() and (folder / "model" / "config.json").exists():
         return str(folder / "model")
     return name
+
+
+def _without_pooler(config: PreTrainedConfig) -> dict[str, bool]:
+    """ViT and DeiT would add a pooler of random weights, and report it as missing from self-supervised checkpoints."""
+    model = MODEL_MAPPING.get(type(config), None)
+    pools = model is not None and "add_pooling_layer" in inspect.signature(model.__init__).parameters
+    return {"add_pooling_layer": False} if pools else {}
 
 
 def _unknown(name: str, error: Exception) -> str:

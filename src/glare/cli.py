@@ -51,6 +51,8 @@ def _run(job: str, argv: Sequence[str]) -> int:
 def _entry_point(job: str) -> Callable[[Sequence[str]], None]:
     """The job's function; only here torch is imported for it."""
     module, _, name = JOBS[job][0].partition(":")
+    logging = importlib.import_module("transformers.utils.logging")
+    logging.disable_progress_bar()  # jobs have bars of their own, reading weights takes no time
     return cast(Callable[[Sequence[str]], None], getattr(importlib.import_module(module), name))
 
 
