@@ -25,7 +25,24 @@ from glare.inference import load_segmenter, segment
 from glare.recipes import option
 from glare.run_folder import RunFolder, atomic_write_json
 
-UNLABELLED = "landcover:arid:200:1"
+ADAPTATION: dict[str, Any] = {
+    "backbone": EMBEDDED,
+    "data": "landcover:arid:200:1",
+    "adapter": "uniadapter",
+    "steps": 80,
+    "batch_size": 16,
+    "image_size": 0,
+    "views": {
+        "num_local": 4,
+        "global_size": 80,
+        "local_size": 40,
+        "global_area": [0.1, 0.5],
+        "local_area": [0.03, 0.12],
+    },
+    "glare": {"prototypes": 1024, "head_hidden": 512},
+}
+"""Keys of the adaptation's recipe, also in training/recipes/demo.yaml; the rest is derived from the data."""
+
 LABELLED = "landcover:arid:{num_labels}:2"
 VALIDATION = "landcover:arid:40:3"
 NUM_PICTURES = 4
@@ -37,7 +54,7 @@ class DemoRecipe:
     """Adapt the built-in ViT to a new landscape, fine-tune with few labels, compare and draw."""
 
     output: Path = option(Path("runs/demo"), "run folder to write")
-    steps: int = option(100, "optimizer steps of the adaptation")
+    steps: int = option(ADAPTATION["steps"], "optimizer steps of the adaptation")
     finetune_steps: int = option(150, "optimizer steps of each fine-tuning")
     num_labels: int = option(8, "labelled scenes to fine-tune on")
     num_seeds: int = option(2, "fine-tunings of each ViT")
@@ -54,16 +71,8 @@ def run(recipe: DemoRecipe) -> dict[str, Any]:
     RunFolder.check(recipe.output)
     started = time.perf_counter()
     heading("1. Adapt the ViT to 200 unlabelled arid scenes (it has seen temperate ones only)")
-    adapted = pretrain.run(
-        {
-            "backbone": EMBEDDED,
-            "data": UNLABELLED,
-            "output": recipe.output / "adapted",
-            "steps": recipe.steps,
-            "seed": recipe.seed,
-            "report_to": "none",
-        }
-    )
+    own = {"output": recipe.output / "adapted", "steps": recipe.steps, "seed": recipe.seed, "report_to": "none"}
+    adapted = pretrain.run({**ADAPTATION, **own})
     heading(f"2. Fine-tune both on {recipe.num_labels} labelled scenes and measure on 40 unseen ones")
     scores: dict[str, list[float]] = {BEFORE: [], AFTER: []}
     for seed in range(recipe.seed, recipe.seed + recipe.num_seeds):
