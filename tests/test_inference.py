@@ -171,7 +171,7 @@ def test_a_bad_image_is_reported_or_an_error(folder: Path, tmp_path: Path, capsy
     argv[4] = str(tmp_path / "strict")
     assert glare_main([*argv, "--strict"]) == 2
     assert "bad.png: not an image" in capsys.readouterr().err
-    assert not list((tmp_path / "strict").iterdir())
+    assert not (tmp_path / "strict").exists()
 
 
 def test_nothing_to_segment_is_an_error(folder: Path, tmp_path: Path) -> None:
@@ -179,6 +179,7 @@ def test_nothing_to_segment_is_an_error(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(UserError, match=r"none of the 1 images can be read; bad\.png, for example: not an image"):
         predict(PredictRecipe(model=str(folder), output=out, images=(str(tmp_path / "bad.png"),)))
+    assert not out.exists()
     for missing in ("nowhere.png", str(tmp_path / "nowhere")):
         with pytest.raises(UserError, match="nowhere"):
             predict(PredictRecipe(model=str(folder), output=tmp_path / "new", images=(missing,)))

@@ -106,7 +106,6 @@ def predict(recipe: PredictRecipe) -> list[tuple[str, str]]:
     sources = [open_source(images) for images in recipe.images]
     accelerator = make_accelerator(device=recipe.device, precision=recipe.precision, report_to="none", output=Path())
     model, normalise = load_segmenter(recipe.model, device=accelerator.device)
-    recipe.output.mkdir(parents=True, exist_ok=True)
     tiling = Tiling(recipe.window, recipe.stride)
     taken: set[str] = set()
     skipped: list[tuple[str, str]] = []
@@ -119,6 +118,7 @@ def predict(recipe: PredictRecipe) -> list[tuple[str, str]]:
                 raise UserError(f"{bad}; repair or remove it, or leave --strict out to skip it") from None
             skipped.append((bad.name, bad.reason))
             continue
+        recipe.output.mkdir(parents=True, exist_ok=True)
         with accelerator.autocast():
             label = segment(model, [image], normalise=normalise, tiling=tiling)[0]
         write_prediction(recipe.output, free_stem(source.name(index), taken), image, label, model=model)
