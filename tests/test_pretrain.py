@@ -93,6 +93,7 @@ def test_only_adapters_and_heads_move(given: Callable[..., dict[str, Any]], vit:
         "checkpoints",
         "model",
         "adapter",
+        "report",
     }
 
 

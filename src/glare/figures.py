@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from glare.errors import UserError
+from glare.run_folder import RunFolder
 
 Colour = tuple[int, int, int]
 Label = NDArray[np.uint8]
@@ -226,6 +227,12 @@ def loss_curves(metrics: Path, *, size: tuple[int, int] = (900, 480)) -> Image.I
     names = dict(zip((name.removeprefix("loss_") for name in curves), colours, strict=True))
     canvas.paste(legend(names, width=frame[2] - frame[0]), (frame[0] - GAP, MARGIN - GAP))
     return canvas
+
+
+def write_report(folder: RunFolder) -> None:
+    """Write the pictures of a run: ``report/loss.png``."""
+    with folder.publish("report") as path:
+        loss_curves(folder.path / "metrics.jsonl").save(path / "loss.png")
 
 
 def read_losses(metrics: Path) -> dict[str, list[Point]]:

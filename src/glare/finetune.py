@@ -1,11 +1,9 @@
 """``glare finetune``: train a segmentation head, and what is below it, on labelled images.
 
-Where this departs from the mmsegmentation configuration of the UDI line (ViT with semantic FPN):
-
-* class and register tokens stay in the sequence, since adapters were trained in their presence;
-* head and backbone have learning rates of their own, equal only in long runs;
-* the warm-up is a tenth of the steps where that is less than 1500;
-* images are read at their native size, and the scale is relative to it.
+Where this departs from the mmsegmentation configuration of the UDI line (ViT with semantic FPN): class and register
+tokens stay in the sequence, since adapters were trained in their presence; head and backbone have learning rates of
+their own, equal only in long runs; the warm-up is a tenth of the steps where that is less than 1500; images are read
+at their native size, and the scale is relative to it.
 """
 
 import math
@@ -24,6 +22,7 @@ from glare import recipes
 from glare.data.labelled import LabelledSet, PackedLabelled, open_labelled, pack_labelled
 from glare.errors import UserError
 from glare.evaluate import confusion, default_split, describe, table
+from glare.figures import write_report
 from glare.finetune_plan import Plan, make_plan
 from glare.inference import Tiling
 from glare.labelled_crops import TrainingCrops, to_device, training_batch
@@ -336,6 +335,7 @@ def finish(job: Job, model: PreTrainedModel, folder: RunFolder) -> None:
             model.save_pretrained(path)
             patch = vit_of(model).patch_size
             image_processor(job.normalise, size=job.plan.crop_size, patch=patch).save_pretrained(path)
+        write_report(folder)
         print(f"the model is in {folder.path / 'model'}")
     if job.val is None:
         job.accelerator.print("no scores: give a validation part with --val-split, --val-match or --val-data")

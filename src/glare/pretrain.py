@@ -16,6 +16,7 @@ from glare.crops import PackedImages, subset
 from glare.data.cache import Packed, pack
 from glare.data.sources import open_source
 from glare.errors import UserError
+from glare.figures import write_report
 from glare.modeling_glare import GlareModel
 from glare.objectives.base import Terms
 from glare.objectives.glare import GlareObjective, GlareSettings
@@ -339,5 +340,6 @@ def save(
     if model.config.adapter_config is not None:
         with folder.publish("adapter") as path:
             model.save_adapter(path, base_model=recipe.backbone)
+    write_report(folder)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"the {which}'s weights are in {folder.path / 'model'} ({trained:,} parameters trained)")
