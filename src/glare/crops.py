@@ -15,6 +15,7 @@ from torch import Tensor
 from glare.geometry import Crop, patch_centres
 
 EDGE_TOLERANCE_PX = 1e-2  # float32 unit coordinates of a whole pixel are off by less than this up to 100,000 px
+GPU_SHARE = 0.3  # of the free GPU memory that packed images may take
 WINDOW_BUDGET = 2**26  # float32 values of one chunk of windows: 256 MiB
 
 
@@ -42,6 +43,11 @@ class PackedImages:
     def to(self, device: torch.device) -> "PackedImages":
         """The same images on ``device``."""
         return PackedImages(self.pixels.to(device), self.start.to(device), self.size.to(device))
+
+
+def fits(num_bytes: int, device: torch.device) -> bool:
+    """Whether a pack of this size should live on ``device``: a GPU with plenty of free memory, never the CPU."""
+    return device.type == "cuda" and num_bytes < GPU_SHARE * torch.cuda.mem_get_info(device)[0]
 
 
 def subset(images: PackedImages, index: Tensor) -> PackedImages:

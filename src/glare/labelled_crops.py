@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from glare.crops import cut, cut_labels, subset
+from glare.crops import cut, cut_labels, fits, subset
 from glare.data.labelled import PackedLabelled
 from glare.geometry import Crop, patch_centres
 from glare.photometric import adjust_brightness, shift_hue
@@ -24,7 +24,6 @@ DELTA = 32 / 255  # of brightness, either way
 RANGE = (0.5, 1.5)  # of contrast, here a factor on all values, and of saturation
 TURN = 18 / 180  # of hue, either way, as a share of the circle
 IGNORED = 255
-GPU_CACHE_SHARE = 0.3  # of the free GPU memory that the packed images may take
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class TrainingCrops:
 
 def to_device(packed: PackedLabelled, device: torch.device) -> PackedLabelled:
     """All images on a GPU that has room for them; otherwise they stay, and every batch travels."""
-    if device.type == "cuda" and 4 * len(packed.labels) < GPU_CACHE_SHARE * torch.cuda.mem_get_info(device)[0]:
+    if fits(packed.images.pixels.nbytes + packed.labels.nbytes, device):
         return replace(packed, images=packed.images.to(device), labels=packed.labels.to(device))
     return packed
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from glare import recipes
 from glare.backbones import ADAPTERS, adapt, load_backbone, read_normalisation
-from glare.crops import PackedImages, subset
+from glare.crops import PackedImages, fits, subset
 from glare.data.cache import Packed, pack
 from glare.data.sources import open_source
 from glare.errors import UserError
@@ -20,7 +20,7 @@ from glare.figures import write_report
 from glare.modeling_glare import GlareModel
 from glare.objectives.base import Terms
 from glare.objectives.glare import GlareObjective, GlareSettings
-from glare.pretrain_plan import Plan, derive_model, derive_optimisation, derive_steps, flatten, overlay
+from glare.pretrain_plan import Plan, derive_model, derive_optimisation, derive_steps, overlay
 from glare.recipes import option, required
 from glare.run_folder import RunFolder
 from glare.runtime import (
@@ -37,11 +37,11 @@ from glare.student import Student
 from glare.teacher import make_teacher, update_teacher
 from glare.train_state import TrainState, clip_each, parameter_groups
 from glare.views import Normalisation, ViewConfig, Views, make_views
+from glare.yaml_files import flatten
 
 OBJECTIVES = {"glare": GlareObjective}
 """Objective -> its module; its settings are the recipe key of the same name."""
 
-GPU_CACHE_SHARE = 0.3  # of the free GPU memory that the packed images may take
 FORGOTTEN = 0.05  # share of its initial weights below which the teacher is the better export
 
 
@@ -234,9 +234,7 @@ def make_student(model: GlareModel, recipe: PretrainRecipe) -> Student:
 
 def to_device(images: PackedImages, device: torch.device) -> PackedImages:
     """All images on a GPU that has room for them; otherwise they stay, and every batch travels."""
-    if device.type == "cuda" and images.pixels.nbytes < GPU_CACHE_SHARE * torch.cuda.mem_get_info(device)[0]:
-        return images.to(device)
-    return images
+    return images.to(device) if fits(images.pixels.nbytes, device) else images
 
 
 def cut_views(

@@ -22,7 +22,7 @@ from torch import Tensor
 from glare.errors import UserError
 from glare.recipes import to_dict, to_yaml
 from glare.typed_values import written
-from glare.yaml_files import read_mapping
+from glare.yaml_files import flatten, read_mapping
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -221,7 +221,7 @@ def _check_used(path: Path, *, resume: bool | None) -> None:
 
 def _check_same(file: Path, recipe: "DataclassInstance") -> None:
     """Raise UserError where the recipe on disk and this one differ in a key that matters."""
-    old, new = _flatten(read_mapping(file)), _flatten(to_dict(recipe))
+    old, new = flatten(read_mapping(file)), flatten(to_dict(recipe))
     names = [name for name in {**old, **new} if name.split(".")[0] not in MAY_DIFFER_ON_RESUME]
     changes = [
         f"{name} was {written(old.get(name))} and is {written(new.get(name))}"
@@ -233,14 +233,6 @@ def _check_same(file: Path, recipe: "DataclassInstance") -> None:
             f"the run in {file.parent} has another recipe: {'; '.join(changes)}; "
             "give --resume with the old values, or another --output without it"
         )
-
-
-def _flatten(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        inner = _flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-        flat |= inner
-    return flat
 
 
 def _finite(value: Any) -> Any:
