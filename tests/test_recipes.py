@@ -135,6 +135,14 @@ def test_given_keys_only() -> None:
     assert from_dict(Job, given) == job("steps=4", "cut.pieces.count=1", "cut.ratio=0,1")
 
 
+def test_items_of_a_list_are_arguments_of_their_own_or_separated_by_commas() -> None:
+    assert job("--terms", "a", "c").terms == job("--terms", "a,c").terms == ("a", "c")
+    assert job("--terms", "a", "c", "steps=3", "cut.pieces.count=2") == job(
+        "--terms", "a,c", "--steps", "3", "cut.pieces.count=2"
+    )
+    assert "unknown" not in message("--terms", "a", "d") and "'d'" in message("--terms", "a", "d")
+
+
 def test_positional_list() -> None:
     recipe = parse(ImagesJob, ["a.png", "--model", "m", "b/c=d.png", "steps=3", "e.png"], prog="j")
     assert recipe.images == [Path("a.png"), Path("b/c=d.png"), Path("e.png")]

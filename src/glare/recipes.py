@@ -106,9 +106,19 @@ def _parse(recipe_class: type[R], argv: Sequence[str], *, prog: str, description
     given = vars(known)
     free = given.pop("_free")
     values = read_yaml(given.pop("recipe"), recipe_class) if "recipe" in given else {}
-    values |= {name: value if isinstance(value, bool) else Text(value) for name, value in given.items()}
+    for name, value in given.items():
+        own = _own_values(value, free, keys) if isinstance(value, list) else value
+        values[name] = Text(own) if isinstance(own, str) else own
     _place(values, free, keys)
     return from_dict(recipe_class, values), values
+
+
+def _own_values(items: Sequence[str], free: list[str], keys: Sequence["_Key"]) -> str | list[Text]:
+    """The values of a list option, one alone may hold several between commas; ``key=value`` among them goes to free."""
+    names = [key.name for key in keys]
+    free += [item for item in items if "=" in item and item.partition("=")[0] in names]
+    own = [Text(item) for item in items if item not in free]
+    return own[0] if len(own) == 1 else own
 
 
 def _as_argument(name: str) -> str:
@@ -147,6 +157,11 @@ class _Key:
         return self.default is MISSING
 
     @property
+    def several(self) -> bool:
+        """Whether it is a list of any length, whose items may be separate arguments."""
+        return any(get_origin(member) is tuple and Ellipsis in get_args(member) for member in members(self.annotation))
+
+    @property
     def described(self) -> str:
         """Help with the default, as it would be written on the command line."""
         if self.required:
@@ -158,7 +173,7 @@ class _Key:
         if self.choices:
             return "{" + ",".join(map(str, self.choices)) + "}"
         words = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
-        inner = [words.get(member, "A,B,...") for member in members(self.annotation) if member is not type(None)]
+        inner = [words.get(member, "A" if self.several else "A,B,...") for member in members(self.annotation) if member is not type(None)]
         return inner[0]
 
 
@@ -222,7 +237,7 @@ def _parser(keys: Sequence[_Key], *, prog: str, description: str) -> _Parser:
     for key in own:
         form: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
         if bool not in members(key.annotation):
-            form = {"metavar": key.metavar}
+            form = {"metavar": key.metavar, **({"nargs": "+"} if key.several else {})}
         text = key.described.replace("%", "%%")
         groups[key.required].add_argument(_as_argument(key.name), default=argparse.SUPPRESS, help=text, **form)
     parser.add_argument(
