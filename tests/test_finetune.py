@@ -16,8 +16,8 @@ from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, P
 
 from glare import GlareForSemanticSegmentation, GlareModel, UniAdapterConfig, UserError, finetune
 from glare.cli import main as glare_main
-from glare.data.labelled import open_labelled
-from glare.finetune import FinetuneRecipe, draw_images, learning_rates, open_data
+from glare.data.labelled import draw_images, open_labelled
+from glare.finetune import FinetuneRecipe, learning_rates, open_data
 from glare.finetune_plan import Plan, make_plan
 from glare.inference import load_segmenter, segment
 from glare.segmenters import decays, load_pretrained, parameter_groups, select_trained
@@ -251,7 +251,7 @@ def test_parts_of_the_data(recipe: FinetuneRecipe, tmp_path: Path) -> None:
 def test_a_run_without_validation_says_so(recipe: FinetuneRecipe, capsys: pytest.CaptureFixture[str]) -> None:
     run = finetune.run(replace(recipe, data=str(Path(recipe.data) / "train"), steps=1))
     assert not (run / "eval.json").exists()
-    assert "no scores: give a validation part" in capsys.readouterr().out
+    assert "no scores: there are no images to evaluate on" in capsys.readouterr().out
 
 
 def test_unset_numbers_are_derived(recipe: FinetuneRecipe, capsys: pytest.CaptureFixture[str]) -> None:

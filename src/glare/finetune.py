@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from glare import recipes
-from glare.data.labelled import LabelledSet, PackedLabelled, open_labelled, pack_labelled
+from glare.data.labelled import LabelledSet, PackedLabelled, draw_images, open_labelled, pack_labelled
 from glare.errors import UserError
 from glare.evaluate import confusion, default_split, describe, table
 from glare.figures import write_report
@@ -118,15 +118,18 @@ class Job:
     val: LabelledSet | None
 
 
-def run(recipe: FinetuneRecipe) -> Path:
-    """Fine-tune, evaluate where there is something to evaluate on, and return the run folder."""
+def run(recipe: FinetuneRecipe, *, train: LabelledSet | None = None) -> Path:
+    """Fine-tune, evaluate where there is something to evaluate on, and return the run folder.
+
+    ``train``: images to train on in place of those the recipe names; then nothing is evaluated.
+    """
     RunFolder.check(recipe.output, resume=recipe.resume)
     accelerator = make_accelerator(
         device=recipe.device, precision=recipe.precision, report_to=recipe.report_to, output=recipe.output
     )
 
     # data, model, and the settings that depend on them
-    train, val = open_data(recipe)
+    train, val = (train, None) if train is not None else open_data(recipe)
     pretrained, normalise = load_pretrained(recipe.model)
     show = accelerator.is_main_process
     packed = pack_labelled(train, strict=recipe.strict, workers=recipe.num_workers, progress=show)
@@ -212,16 +215,6 @@ def val_part(recipe: FinetuneRecipe) -> tuple[str, str | None]:
     if split is None and recipe.val_data is None:
         split = recipe.train_split or default_split(data, "train")
     return data, split
-
-
-def draw_images(data: LabelledSet, count: int, *, seed: int) -> LabelledSet:
-    """``count`` different images in their order, the same for the same seed. Raises UserError if there are fewer."""
-    if count > len(data):
-        raise UserError(
-            f"num_images is {count}, but there are only {len(data)} labelled images; give at most {len(data)}"
-        )
-    order = torch.randperm(len(data), generator=seeded(seed, len(data)))
-    return data.subset(sorted(order[:count].tolist()))
 
 
 def resolve(recipe: FinetuneRecipe, packed: PackedLabelled, *, patch: int, accelerator: Accelerator) -> Plan:
@@ -338,7 +331,7 @@ def finish(job: Job, model: PreTrainedModel, folder: RunFolder) -> None:
         write_report(folder)
         print(f"the model is in {folder.path / 'model'}")
     if job.val is None:
-        job.accelerator.print("no scores: give a validation part with --val-split, --val-match or --val-data")
+        job.accelerator.print("no scores: there are no images to evaluate on (--val-split, --val-match or --val-data)")
         return
     scores, skipped = judge(job, model)
     if folder.write:

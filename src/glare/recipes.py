@@ -172,9 +172,8 @@ class _Key:
     def metavar(self) -> str:
         if self.choices:
             return "{" + ",".join(map(str, self.choices)) + "}"
-        words = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
-        inner = [words.get(member, "A" if self.several else "A,B,...") for member in members(self.annotation) if member is not type(None)]
-        return inner[0]
+        words, many = {int: "N", float: "X", str: "TEXT", Path: "PATH"}, "A" if self.several else "A,B,..."
+        return next(words.get(member, many) for member in members(self.annotation) if member is not type(None))
 
 
 def _keys(recipe_class: type[Any], prefix: str = "", base: Any = None) -> Iterator[_Key]:
