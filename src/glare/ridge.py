@@ -1,0 +1,127 @@
+"""The probe ``linear``: ridge regression in closed form from frozen patch features to the classes of the pixels.
+
+Least squares over the labelled pixels, each with the features of its patch and its class as one-hot target, an
+intercept that is not penalised, and features that are centred but not standardised. All of it follows from sums over
+images, [1, x]ᵀ [a, a x, y] with the labelled share a and the class shares y of a patch; so images leave a training
+part by subtraction, and one eigen-decomposition gives the solutions of all strengths.
+
+The strength is a multiple of the mean eigenvalue of the centred Gram matrix: the same after any scaling of the
+features. It is chosen inside the training part of each fold by mIoU, pooled over inner folds, of patches.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from glare.frozen_features import PatchFeatures, PatchLabels, by_image, check_folds, pixel_counts
+from glare.gram import eigh
+from glare.intervals import areas, mean_iou
+from glare.splits import Fold, inner_folds
+
+STRENGTHS = tuple(10.0 ** (exponent / 2) for exponent in range(2, -11, -1))
+"""Multiples of the mean eigenvalue, from strong to weak: of equal ones the strongest is taken."""
+
+TINY = torch.finfo(torch.float64).tiny
+
+
+@dataclass(frozen=True)
+class Ridge:
+    """Solutions for s strengths: ``weight`` (d, s, k) and ``intercept`` (s, k), float32."""
+
+    weight: Tensor
+    intercept: Tensor
+
+    def scores(self, patches: Tensor) -> Tensor:
+        """Class scores (n, s, k) of patch features (n, d)."""
+        scores: Tensor = torch.tensordot(patches.float(), self.weight, dims=1) + self.intercept
+        return scores
+
+
+def ridge_counts(
+    features: PatchFeatures, labels: PatchLabels, folds: Sequence[Fold], *, groups: Sequence[str] | None, seed: int
+) -> Tensor:
+    """Confusion of the pixels of every test image under the ridge of its fold.
+
+    Args:
+        features: of all images.
+        labels: of the same images; those of test images are only counted.
+        folds: no image is tested twice.
+        groups: of all images, for the inner folds; None where images are not grouped.
+        seed: of inner folds that are drawn.
+
+    Returns:
+        (images, k, k) int64, zero for images that are not tested.
+
+    Raises:
+        UserError: the training part of a fold has no labelled pixel.
+    """
+    patches, shares = by_image(features.features, features.grids), by_image(labels.shares, features.grids)
+    check_folds(shares, folds)
+    num_classes = labels.shares.shape[1]
+    counts = torch.zeros((len(features.grids), num_classes, num_classes), dtype=torch.int64)
+
+    @cache
+    def moments(images: tuple[int, ...]) -> Tensor:
+        sums = (image_moments(patches[i], shares[i]) for i in images)
+        return sum(sums, start=torch.zeros((), dtype=torch.float64))
+
+    for fold in folds:
+        parts = inner_folds(fold.train, groups, seed=seed)
+        sums = torch.stack([moments(tuple(part)) for part in parts])
+        total = sums.sum(dim=0)
+        found = torch.zeros((len(STRENGTHS), num_classes, num_classes), dtype=torch.float64)
+        for part, left_out in zip(parts, sums, strict=True):
+            ridge = solve(total - left_out, STRENGTHS)
+            for image in part:
+                found += patch_counts(ridge.scores(patches[image]), shares[image])
+        best = STRENGTHS[int(mean_iou(areas(found)).argmax())]
+        chosen = solve(total, [best])
+        for image in fold.test:
+            scores = chosen.scores(patches[image]).squeeze(1)
+            counts[image] = pixel_counts(scores, features.grids[image], labels.maps[image])
+    return counts
+
+
+def image_moments(patches: Tensor, shares: Tensor) -> Tensor:
+    """What the ridge needs of some patches: [1, x]ᵀ [a, a x, y], (1 + d, 1 + d + k) float64.
+
+    Args:
+        patches: features x (n, d).
+        shares: of pixels by class, y (n, k); their sum a is the labelled share.
+    """
+    x, y = patches.double(), shares.double()
+    labelled = y.sum(dim=1, keepdim=True)
+    return F.pad(x, (1, 0), value=1.0).T @ torch.cat([labelled, labelled * x, y], dim=1)
+
+
+def solve(moments: Tensor, strengths: Sequence[float]) -> Ridge:
+    """Ridge solutions for ``strengths``, multiples of the mean eigenvalue, from summed ``image_moments``."""
+    dim = len(moments) - 1
+    total = moments[0, 0].clamp(min=TINY)
+    mean = moments[1:, 0] / total
+    mean_target = moments[0, 1 + dim :] / total
+    centred = moments[1:, 1 : 1 + dim] - total * torch.outer(mean, mean)
+    cross = moments[1:, 1 + dim :] - total * torch.outer(mean, mean_target)
+    values, vectors = eigh(centred)
+    penalty = torch.tensor(strengths, dtype=torch.float64) * values.mean()
+    shrunk = (vectors.T @ cross).unsqueeze(1) / (values.unsqueeze(1) + penalty).clamp(min=TINY).unsqueeze(2)
+    weight = torch.tensordot(vectors, shrunk, dims=1)
+    return Ridge(weight.float(), (mean_target - torch.tensordot(mean, weight, dims=1)).float())
+
+
+def patch_counts(scores: Tensor, shares: Tensor) -> Tensor:
+    """Confusion of the pixels of patches that are of one predicted class each, in units of a patch.
+
+    Args:
+        scores: (n, s, k).
+        shares: (n, k).
+
+    Returns:
+        (s, k, k), rows labels, columns predictions.
+    """
+    predicted = F.one_hot(scores.argmax(dim=2), scores.shape[2])
+    return torch.einsum("nl,nsp->slp", shares, predicted.to(shares))
