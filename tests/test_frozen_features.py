@@ -74,6 +74,14 @@ def test_ignored_pixels_have_no_share(tmp_path: Path) -> None:
     assert labels.shares.tolist() == [[0, 0, 0], [0, 0, 0], [0.875, 0, 0], [1, 0, 0]]
 
 
+def test_labels_are_not_mixed_where_they_are_resized(tmp_path: Path) -> None:
+    folder = write_labelled(tmp_path, 1, size=(32, 32))
+    label = np.where(np.arange(32) % 6 < 3, 0, 2).astype(np.uint8).repeat(32).reshape(32, 32)
+    Image.fromarray(label).save(folder / "labels" / "scene_0.png")
+    _, labels, _, _ = read_images(open_labelled(str(folder)), patch=4, short_side=44, strict=True)
+    assert set(np.unique(labels.maps[0]).tolist()) == {0, 2}
+
+
 def test_unreadable_images_are_reported(tmp_path: Path) -> None:
     folder = write_labelled(tmp_path, 3)
     (folder / "images" / "scene_1.png").write_bytes(b"no picture")

@@ -11,7 +11,7 @@ from torch import Tensor
 from glare import ridge
 from glare.errors import UserError
 from glare.frozen_features import PatchFeatures, PatchLabels, by_image
-from glare.ridge import STRENGTHS, image_moments, ridge_counts, solve
+from glare.ridge import STRENGTHS, image_moments, patch_counts, ridge_counts, ridge_scores, solve
 from glare.splits import Fold, inner_folds, leave_one_group_out
 
 GROUPS = ["a", "b", "a", "c", "b", "c", "c"]
@@ -76,6 +76,14 @@ def test_all_strengths_are_the_least_squares_of_pixels() -> None:
         torch.testing.assert_close(found.intercept[number].double(), intercept, atol=1e-5, rtol=1e-4)
 
 
+def test_patches_count_with_the_shares_of_their_pixels() -> None:
+    scores = torch.tensor([[[1.0, 0, 0], [0, 0, 1]], [[0, 1, 0], [0, 1, 0]]])  # two patches, two strengths
+    shares = torch.tensor([[0.5, 0.25, 0], [0, 0, 1]])
+    strong = [[0.5, 0, 0], [0.25, 0, 0], [0, 1, 0]]
+    weak = [[0, 0, 0.5], [0, 0, 0.25], [0, 1, 0]]
+    assert patch_counts(scores, shares).tolist() == [strong, weak]
+
+
 def literal_miou(predictions: Tensor, shares: Tensor) -> float:
     """mIoU over labelled classes of patches (n,) of one predicted class each, whose pixels are shares (n, k)."""
     values = []
@@ -118,17 +126,8 @@ def scores_of(
     folds: Sequence[Fold],
     groups: Sequence[str] | None = None,
 ) -> list[Tensor]:
-    """The scores that ``ridge_counts`` turns into counts, by test image."""
-    seen: list[Tensor] = []
-
-    def record(scores: Tensor, *_: object) -> Tensor:
-        seen.append(scores)
-        return torch.zeros(CLASSES, CLASSES, dtype=torch.int64)
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(ridge, "pixel_counts", record)
-        ridge_counts(features, labels, folds, groups=groups, seed=0)
-    return seen
+    """The scores of every test image."""
+    return [scores for _, scores in ridge_scores(features, labels, folds, groups=groups, seed=0)]
 
 
 @pytest.mark.parametrize("signal", [1.0, 0.3, 0.0])
