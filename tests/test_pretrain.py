@@ -1,5 +1,6 @@
 """The pre-training job: what moves and what does not, exact resume, derived settings, bad input, and the command."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -94,7 +95,34 @@ def test_only_adapters_and_heads_move(given: Callable[..., dict[str, Any]], vit:
         "model",
         "adapter",
         "report",
+        "price.json",
     }
+
+
+def test_a_run_records_what_it_cost(given: Callable[..., dict[str, Any]], photos: Path) -> None:
+    folder = pretrain.run(given("run"))
+    adapter = folder / "adapter" / "adapter_model.safetensors"
+    cost = json.loads((folder / "price.json").read_text())
+    assert cost["parameters_trained"] == sum(value.numel() for value in load_file(adapter).values())
+    assert cost["adapter_bytes"] == adapter.stat().st_size
+    assert cost["device"].startswith("cpu") and cost["peak_memory_bytes"] > 0
+    assert (cost["steps"], cost["images"]) == (4, len(list(photos.iterdir())))
+
+
+def test_a_resumed_run_adds_the_seconds_up(
+    given: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cost_after(**saved: float) -> dict[str, Any]:
+        path = folder / "checkpoints" / "step_000004" / "state.json"
+        path.write_text(json.dumps({"step": 4, "state": saved}))
+        pretrain.run(given("run", resume=True))
+        values: dict[str, Any] = json.loads((folder / "price.json").read_text())
+        return values
+
+    folder = pretrain.run(given("run"))
+    monkeypatch.setattr("glare.runtime.time.perf_counter", itertools.count().__next__)
+    assert 1000 < cost_after(seconds=1000.0)["seconds"] < 1100  # on a clock that goes on by 1 when it is asked
+    assert cost_after()["seconds"] is None  # a checkpoint from before seconds were counted
 
 
 def test_the_saved_model_the_adapter_and_peft_give_the_same_features(
@@ -165,6 +193,9 @@ def test_other_things_to_train(given: Callable[..., dict[str, Any]], vit: Path, 
     else:
         assert len(changed) > len(before) // 2
         assert not (folder / "adapter").exists()
+        cost = json.loads((folder / "price.json").read_text())
+        assert cost["adapter_bytes"] == (folder / "model" / "model.safetensors").stat().st_size
+        assert cost["parameters_trained"] > sum(value.numel() for value in before.values()) / 2
 
 
 def test_adapters_after_whole_blocks(given: Callable[..., dict[str, Any]]) -> None:

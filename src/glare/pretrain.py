@@ -1,5 +1,6 @@
 """``glare pretrain``: adapt a self-supervised ViT to unlabelled images (paper sections 3.2, 4 and 5)."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,17 +22,10 @@ from glare.modeling_glare import GlareModel
 from glare.objectives.base import Terms
 from glare.objectives.glare import GlareObjective, GlareSettings
 from glare.pretrain_plan import Plan, derive_model, derive_optimisation, derive_steps, overlay
+from glare.price import Meter, trained_parameters
 from glare.recipes import option, required
 from glare.run_folder import RunFolder
-from glare.runtime import (
-    DEVICES,
-    PRECISIONS,
-    TRACKERS,
-    Clock,
-    epoch_batches,
-    make_accelerator,
-    seeded,
-)
+from glare.runtime import DEVICES, PRECISIONS, TRACKERS, Clock, epoch_batches, make_accelerator, seeded
 from glare.segmenters import image_processor
 from glare.student import Student
 from glare.teacher import make_teacher, update_teacher
@@ -110,6 +104,7 @@ def run(given: Mapping[str, Any]) -> Path:
     accelerator = make_accelerator(
         device=recipe.device, precision=recipe.precision, report_to=recipe.report_to, output=recipe.output
     )
+    meter = Meter(accelerator)
 
     # data, model, and the settings that depend on them
     model, normalise = load_backbone(recipe.backbone), read_normalisation(recipe.backbone)
@@ -142,7 +137,7 @@ def run(given: Mapping[str, Any]) -> Path:
     start = 0
     if checkpoint is not None:
         state.restore(checkpoint.tensors)
-        start = checkpoint.step
+        start, meter.earlier = checkpoint.step, checkpoint.state.get("seconds", math.nan)
 
     # the loop
     images = to_device(packed.images, accelerator.device)
@@ -171,11 +166,13 @@ def run(given: Mapping[str, Any]) -> Path:
             bar.set_postfix_str(progress_text(values))
             clock = Clock()
         if (step + 1) % recipe.checkpoint_every == 0 or step + 1 == plan.steps:
-            folder.write_checkpoint(step + 1, state.tensors(), {})
+            folder.write_checkpoint(step + 1, state.tensors(), {"seconds": meter.seconds})
     bar.close()
     accelerator.end_training()
+    seconds = meter.seconds
     if accelerator.is_main_process:
         save(model, state, recipe, folder, normalise)
+        meter.write(folder, model, seconds=seconds, steps=plan.steps, images=len(packed.names))
     return folder.path
 
 
@@ -339,5 +336,4 @@ def save(
         with folder.publish("adapter") as path:
             model.save_adapter(path, base_model=recipe.backbone)
     write_report(folder)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"the {which}'s weights are in {folder.path / 'model'} ({trained:,} parameters trained)")
+    print(f"the {which}'s weights are in {folder.path / 'model'} ({trained_parameters(model):,} parameters trained)")
