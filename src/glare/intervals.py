@@ -11,8 +11,9 @@ effects; Searle, Casella and McCulloch 1992).
 
 The interval is the difference ± t standard errors. The degrees of freedom of t are n - 1 for the images' part, those
 of Welch for the replicates' part, and between the two their harmonic mean weighted with the parts. The formula of
-Welch and Satterthwaite would square the weights; with few replicates that gives too many degrees just when the
-replicates agree by chance: 95 % intervals with 3 replicates then miss in 8 % of cases, with 2 in 12 %.
+Welch and Satterthwaite would square the weights, which gives too many degrees just when few replicates agree by
+chance: in simulations its 95 % intervals missed up to 8 % of true differences with 3 replicates and 12 % with 2,
+these up to 6 % and 10 %, and 5 % with 5. Without replicates they missed 7 % with 20 images and 6 % with 45.
 """
 
 import math

@@ -28,7 +28,7 @@ def k_fold(num_images: int, folds: int, *, seed: int) -> list[Fold]:
         UserError: fewer than 2 folds, or more folds than images.
     """
     if not 2 <= folds <= num_images:
-        raise UserError(f"{folds} folds were asked for; with {num_images} images give 2 to {num_images}")
+        raise UserError(f"{num_images} images cannot make {folds} folds; give at least 2, and an image for each")
     return [_without(part, range(num_images)) for part in _parts(range(num_images), folds, seed=seed)]
 
 
