@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -84,7 +83,7 @@ def test_the_interval_of_the_median_covers_it_as_often_as_it_says(n: int) -> Non
     # a sample covers the median unless too many of its values lie on one side of it; all 2^n patterns are as likely
     def covered(k: int) -> float:
         sides = itertools.product([0, 1], repeat=n)
-        return statistics.mean(k <= sum(above) <= n - k for above in sides)
+        return sum(k <= sum(above) <= n - k for above in sides) / 2**n
 
     k = int(low) + 1
     assert covered(k) >= 0.95 or (k == 1 and n < 6)
