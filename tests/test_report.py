@@ -110,7 +110,7 @@ def compared(
     rows = {name: [name] if runs == 1 else [f"{name}_{n}" for n in range(runs)] for name, _, _ in gains}
     models = [Model("untouched", UNTOUCHED, "base")]
     models += [Model(member, ADAPTED, f"runs/{member}") for members in rows.values() for member in members]
-    models += [Model(f"control of {name}", CONTROL, None, name) for name in rows]
+    models += [Model(f"control of {name}", CONTROL, "controls/x", name) for name in rows]
     models += [Model("other domain", FOREIGN, "runs/other")] if foreign else []
 
     def scores(miou: float) -> Scores:
@@ -232,6 +232,7 @@ def test_the_page_begins_with_the_answer(tmp_path: Path) -> None:
     body = page.text[page.text.index("Did adapting help?", page.text.index("}")) :]
     first = body.index("good: better than the untouched model under linear")
     assert first < body.index("Scores") < body.index("How this was measured")
+    assert "controls/x" not in body and "runs/good" in body
     assert "Of 4: 1 better, 1 worse, 2 not distinguishable." in body[:first]
 
 
@@ -257,7 +258,7 @@ def test_the_page_begins_with_the_answer(tmp_path: Path) -> None:
             GAINS[3],
             "above the untouched model, but not distinguishable from random adapters, under `linear`: +3.4 points of "
             "mIoU, 95 % interval [+1.4, +5.4]; random adapters of the same strength: +3.3, so +0.1 [-1.9, +2.1] "
-            "against them. About 410 images would be needed to tell.",
+            "against them.",
         ),
     ],
 )
@@ -280,6 +281,15 @@ def test_what_would_tell(needed: Needed | None, text: str) -> None:
     found = {"same": replace(probe.findings["same"], needed=needed)}
     data = replace(result.data[0], probes=[replace(probe, findings=found)])
     assert answers(replace(result, data=[data]))[0].sentence.endswith(text)
+
+
+def test_probes_that_disagree_are_said_to() -> None:
+    result = compared(GAINS[:1], probes=("knn", "whitened knn"))
+    unsure = replace(result, rows=[replace(result.rows[0], verdict=SAME)])
+    answer = answers(unsure)[0]
+    assert answer.verdict == SAME
+    assert answer.sentence.startswith("not distinguishable, as the probes disagree; better under `whitened knn`: +5.1")
+    assert f"Other probes on dubai: `knn` +5.1 [+3.1, +7.1], {BETTER}." in answer.notes
 
 
 def test_a_collapsed_model_is_called_that_first_and_in_red(tmp_path: Path) -> None:

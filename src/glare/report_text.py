@@ -26,11 +26,11 @@ COLLAPSED = "collapsed"
 """What takes the place of the verdict on a model whose features collapsed."""
 
 
-PROBES = {
+PROBE_DESCRIPTIONS = {
     "linear": "a ridge classifier on the frozen patch features, its strength chosen inside the training part",
     "knn": "20 nearest training patches by cosine, on the frozen patch features",
     "whitened knn": "the same after whitening, which hides what a mere rescaling of directions does",
-    "fpn": "a segmentation model with an FPN head, fine-tuned on the training part",
+    "fpn": "a segmentation model, fine-tuned on the training part",
 }
 """Probe -> what it is."""
 
@@ -165,16 +165,18 @@ def _sentence(result: Comparison, row: Row) -> str:
         probe = main_probe(result, data)
         finding = probe.findings[row.name]
         place = f"on {data.data} under `{probe.probe}`" if several else f"under `{probe.probe}`"
-        parts.append(f"{_lead(finding, place, collapsed=row.collapsed)}: {_numbers(finding, result.confidence)}")
-        if finding.verdict == SAME and not row.collapsed:
+        parts.append(f"{_lead(finding, place, row)}: {_numbers(finding, result.confidence)}")
+        if finding.verdict == SAME and finding.against_untouched.low <= 0 and not row.collapsed:
             parts.append(_what_would_tell(finding.needed))
     return " ".join(part for part in parts if part)
 
 
-def _lead(finding: Finding, place: str, *, collapsed: str | None) -> str:
+def _lead(finding: Finding, place: str, row: Row) -> str:
     difference = finding.against_untouched
-    if collapsed:
-        return f"collapsed: {collapsed.rstrip('.')}. Do not use it, whatever its score {place}"
+    if row.collapsed:
+        return f"collapsed: {row.collapsed.rstrip('.')}. Do not use it, whatever its score {place}"
+    if finding.verdict != row.verdict:
+        return f"{row.verdict}, as the probes disagree; {finding.verdict} {place}"
     if finding.verdict in (BETTER, WORSE):
         return f"{finding.verdict} than the untouched model {place}"
     if difference.low > 0:
@@ -210,8 +212,7 @@ def _about(count: int) -> str:
 
 
 def _notes(result: Comparison, row: Row) -> list[str]:
-    reason = row.reason.strip().rstrip(".")
-    notes = [f"{reason[0].upper()}{reason[1:]}."] if reason else []
+    notes = [] if row.collapsed or not row.reason else [f"Why: {row.reason.rstrip('.')}."]
     for data in result.data:
         main, *rest = ordered_probes(result, data)
         shown = rest if data.adapted_to else [main]
@@ -225,7 +226,9 @@ def _notes(result: Comparison, row: Row) -> list[str]:
     if len(row.members) > 1:
         notes.append(f"{len(row.members)} runs: {', '.join(row.members)}.")
     else:
-        notes.append("One run: its interval does not cover how another run of the recipe would differ.")
+        notes.append(
+            "One run: how another run of the recipe would differ is not in the interval to the untouched model."
+        )
     return notes
 
 
@@ -254,13 +257,13 @@ def facts(result: Comparison) -> dict[str, str]:
     together = f"each holds with {sure(result.confidence)}, so that all verdicts together hold with 95 %"
     return {
         **{f"Data {data.data}": _data_text(data) for data in result.data},
-        **{f"Probe {probe}": PROBES[probe] for probe in probes if probe in PROBES},
+        **{f"Probe {probe}": PROBE_DESCRIPTIONS[probe] for probe in probes if probe in PROBE_DESCRIPTIONS},
         "Seeds": f"{result.seeds}, of what a split or a probe draws",
         "Intervals": "over test images drawn anew, the same for both models, and over seeds and runs where there are "
         f"several; {together if result.confidence > ALL_TOGETHER else sure(result.confidence)}",
         "Needed to tell": "so many that a difference of this size would be found in 4 of 5 repetitions",
         "Control": f"{DEFINITIONS['Control']}; {len(controls)} models in all" if controls else "none",
-        **{f"Model {model.name}": f"{model.role}, {model.path}" for model in result.models if model.path is not None},
+        **{f"Model {model.name}": f"{model.role}, {model.path}" for model in result.models if model.role != CONTROL},
         "Time": duration(result.seconds),
         "Versions": ", ".join(f"{name} {version}" for name, version in result.versions.items()),
     }
