@@ -120,7 +120,7 @@ def change_picture(
     """
     known = label < len(classes)
     right = [float((prediction == label)[known].mean()) if known.any() else 0.0 for prediction in (before, after)]
-    gained, lost = changes(label, before, after, num_classes=len(classes))
+    gained, lost = changes(label, before, after)
     shares = [part[known].mean() if known.any() else 0.0 for part in (gained, lost)]
     maps = [colourise(indices, palette) for indices in (label, before, after)]
     scores = ["", "", *(f"{share:.0%} right" for share in right), f"+{shares[0]:.1%}  -{shares[1]:.1%}"]
@@ -139,12 +139,10 @@ def change_picture(
     )
 
 
-def changes(
-    label: Label, before: Label, after: Label, *, num_classes: int
-) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Pixels (h, w) that were wrong and are right, and those that were right and are wrong."""
-    was, now, known = before == label, after == label, label < num_classes
-    return known & ~was & now, known & was & ~now
+def changes(label: Label, before: Label, after: Label) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Pixels (h, w) that were wrong and are right, and the reverse; none are ignored ones, which nobody predicts."""
+    was, now = before == label, after == label
+    return ~was & now, was & ~now
 
 
 def changed_pixels(image: Image.Image, gained: NDArray[np.bool_], lost: NDArray[np.bool_]) -> Image.Image:
