@@ -11,7 +11,7 @@ from torch import Tensor
 from glare import neighbours
 from glare.errors import UserError
 from glare.frozen_features import PatchFeatures, PatchLabels, by_image
-from glare.neighbours import EPS, draw, knn_counts, vote
+from glare.neighbours import EPS, draw, knn_counts, knn_scores, vote
 from glare.splits import Fold, leave_one_group_out
 
 FOLDS = leave_one_group_out(["a", "b", "a", "c", "b", "c", "c"])
@@ -41,17 +41,8 @@ def literal_whitening(x: Tensor, train: Tensor) -> Tensor:
 def votes_of(
     features: PatchFeatures, labels: PatchLabels, folds: Sequence[Fold], *, whiten: bool = False, seed: int = 0
 ) -> list[Tensor]:
-    """The votes that ``knn_counts`` turns into counts, by test image."""
-    seen: list[Tensor] = []
-
-    def record(votes: Tensor, *_: object) -> Tensor:
-        seen.append(votes)
-        return torch.zeros(CLASSES, CLASSES, dtype=torch.int64)
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(neighbours, "pixel_counts", record)
-        knn_counts(features, labels, folds, whiten=whiten, seed=seed)
-    return seen
+    """The votes of every test image."""
+    return [votes for _, votes in knn_scores(features, labels, folds, whiten=whiten, seed=seed)]
 
 
 @pytest.mark.parametrize("memory_rows", [50, 7])

@@ -4,7 +4,7 @@ Images are read and resized once for all compared models, features are taken onc
 a probe on standardised features does not notice a model whose features have collapsed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -172,11 +172,25 @@ def by_image(rows: Tensor, grids: Sequence[Grid]) -> tuple[Tensor, ...]:
     return parts
 
 
-def pixel_counts(scores: Tensor, grid: Grid, label: NDArray[np.uint8]) -> Tensor:
-    """Confusion of the pixels of one image: scores (patches, k), bilinear to the label map (h, w) -> (k, k) int64."""
+def label_map(scores: Tensor, grid: Grid, size: tuple[int, ...]) -> Tensor:
+    """Class index (h, w) of the pixels of an image of ``size`` (h, w), from the scores (patches, k) of its patches."""
     coarse = scores.float().T.reshape(1, -1, *grid)
-    fine = F.interpolate(coarse, size=label.shape, mode="bilinear", align_corners=False)
-    return confusion_matrix(fine[0].argmax(dim=0), label, num_classes=scores.shape[1], ignore_index=IGNORE_INDEX)
+    return F.interpolate(coarse, size=size, mode="bilinear", align_corners=False)[0].argmax(dim=0)
+
+
+def pixel_counts(scores: Tensor, grid: Grid, label: NDArray[np.uint8]) -> Tensor:
+    """Confusion of the pixels of one image: scores (patches, k), label (h, w) -> (k, k) int64."""
+    predicted = label_map(scores, grid, label.shape)
+    return confusion_matrix(predicted, label, num_classes=scores.shape[1], ignore_index=IGNORE_INDEX)
+
+
+def counts_of(scores: Iterable[tuple[int, Tensor]], grids: Sequence[Grid], labels: PatchLabels) -> Tensor:
+    """(image, scores (patches, k)) of some images -> confusion of their pixels (images, k, k), zero for the others."""
+    num_classes = labels.shares.shape[1]
+    counts = torch.zeros((len(grids), num_classes, num_classes), dtype=torch.int64)
+    for image, patches in scores:
+        counts[image] = pixel_counts(patches, grids[image], labels.maps[image])
+    return counts
 
 
 def check_folds(shares: Sequence[Tensor], folds: Sequence[Fold]) -> None:

@@ -5,13 +5,13 @@ neighbour votes for each class with the share of its pixels. Whitening, by the p
 training patches, takes away that a few directions of large variance decide alone what is near.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glare.frozen_features import PatchFeatures, PatchLabels, by_image, check_folds, pixel_counts
+from glare.frozen_features import PatchFeatures, PatchLabels, by_image, check_folds, counts_of
 from glare.gram import eigh, gram
 from glare.runtime import seeded
 from glare.splits import Fold
@@ -26,17 +26,24 @@ QUERIES = 1024  # whose similarities to the memory are held at once
 def knn_counts(
     features: PatchFeatures, labels: PatchLabels, folds: Sequence[Fold], *, whiten: bool, seed: int
 ) -> Tensor:
-    """Confusion of the pixels of every test image under the neighbours in the training part of its fold.
+    """Confusion of the pixels of every test image, (images, k, k) int64, zero for others; see ``knn_scores``."""
+    return counts_of(knn_scores(features, labels, folds, whiten=whiten, seed=seed), features.grids, labels)
+
+
+def knn_scores(
+    features: PatchFeatures, labels: PatchLabels, folds: Sequence[Fold], *, whiten: bool, seed: int
+) -> Iterator[tuple[int, Tensor]]:
+    """Votes for the classes of every test image of its neighbours in the training part of its fold.
 
     Args:
         features: of all images.
-        labels: of the same images; those of test images are only counted.
+        labels: of the same images; those of test images are not looked at.
         folds: no image is tested twice.
         whiten: whether to whiten the features first.
         seed: of the draw of training patches, which does not depend on the features.
 
-    Returns:
-        (images, k, k) int64, zero for images that are not tested.
+    Yields:
+        Index of a test image, and the votes (patches, k) for each of its patches.
 
     Raises:
         UserError: the training part of a fold has no labelled pixel.
@@ -44,8 +51,6 @@ def knn_counts(
     patches, shares = by_image(features.features, features.grids), by_image(labels.shares, features.grids)
     check_folds(shares, folds)
     rows = by_image(torch.arange(len(labels.shares)), features.grids)
-    num_classes = labels.shares.shape[1]
-    counts = torch.zeros((len(features.grids), num_classes, num_classes), dtype=torch.int64)
     whole = gram(map(_with_one, patches)) if whiten else None
     for number, fold in enumerate(folds):
         embed: Callable[[Tensor], Tensor] = _unit
@@ -57,9 +62,7 @@ def knn_counts(
         )
         memory, classes = embed(features.features[drawn]), labels.shares[drawn]
         for image in fold.test:
-            votes = torch.cat([vote(embed(part), memory, classes) for part in patches[image].split(QUERIES)])
-            counts[image] = pixel_counts(votes, features.grids[image], labels.maps[image])
-    return counts
+            yield image, torch.cat([vote(embed(part), memory, classes) for part in patches[image].split(QUERIES)])
 
 
 def draw(rows: Sequence[Tensor], *, limit: int, generator: torch.Generator) -> Tensor:

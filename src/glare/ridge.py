@@ -9,7 +9,7 @@ The strength is a multiple of the mean eigenvalue of the centred Gram matrix: th
 features. It is chosen inside the training part of each fold by mIoU, pooled over inner folds, of patches.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glare.frozen_features import PatchFeatures, PatchLabels, by_image, check_folds, pixel_counts
+from glare.frozen_features import PatchFeatures, PatchLabels, by_image, check_folds, counts_of
 from glare.gram import eigh
 from glare.intervals import areas, mean_iou
 from glare.splits import Fold, inner_folds
@@ -44,17 +44,24 @@ class Ridge:
 def ridge_counts(
     features: PatchFeatures, labels: PatchLabels, folds: Sequence[Fold], *, groups: Sequence[str] | None, seed: int
 ) -> Tensor:
-    """Confusion of the pixels of every test image under the ridge of its fold.
+    """Confusion of the pixels of every test image, (images, k, k) int64, zero for others; see ``ridge_scores``."""
+    return counts_of(ridge_scores(features, labels, folds, groups=groups, seed=seed), features.grids, labels)
+
+
+def ridge_scores(
+    features: PatchFeatures, labels: PatchLabels, folds: Sequence[Fold], *, groups: Sequence[str] | None, seed: int
+) -> Iterator[tuple[int, Tensor]]:
+    """Class scores of every test image under the ridge of its fold.
 
     Args:
         features: of all images.
-        labels: of the same images; those of test images are only counted.
+        labels: of the same images; those of test images are not looked at.
         folds: no image is tested twice.
         groups: of all images, for the inner folds; None where images are not grouped.
         seed: of inner folds that are drawn.
 
-    Returns:
-        (images, k, k) int64, zero for images that are not tested.
+    Yields:
+        Index of a test image, and the scores (patches, k) of its patches.
 
     Raises:
         UserError: the training part of a fold has no labelled pixel.
@@ -62,7 +69,6 @@ def ridge_counts(
     patches, shares = by_image(features.features, features.grids), by_image(labels.shares, features.grids)
     check_folds(shares, folds)
     num_classes = labels.shares.shape[1]
-    counts = torch.zeros((len(features.grids), num_classes, num_classes), dtype=torch.int64)
 
     @cache
     def moments(images: tuple[int, ...]) -> Tensor:
@@ -81,9 +87,7 @@ def ridge_counts(
         best = STRENGTHS[int(mean_iou(areas(found)).argmax())]
         chosen = solve(total, [best])
         for image in fold.test:
-            scores = chosen.scores(patches[image]).squeeze(1)
-            counts[image] = pixel_counts(scores, features.grids[image], labels.maps[image])
-    return counts
+            yield image, chosen.scores(patches[image]).squeeze(1)
 
 
 def image_moments(patches: Tensor, shares: Tensor) -> Tensor:
