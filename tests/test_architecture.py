@@ -22,7 +22,7 @@ ONE_WAY = (
 )
 """In each row, no module leads to one on its right, however long the way."""
 
-JOBS = {"inspect", "pretrain", "finetune", "evaluate", "inference", "demo"}
+JOBS = {"compare", "comparison_finetuning", "inspect", "pretrain", "finetune", "evaluate", "inference", "demo"}
 TRAVELLING = {"configuration_glare", "modeling_glare", "segmentation_heads", "uniadapter"}
 """The files that are copied into a checkpoint."""
 

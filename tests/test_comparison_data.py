@@ -82,7 +82,7 @@ def test_groups_of_a_column_of_the_metadata(both: Path) -> None:
         (both / split / "images" / "metadata.csv").write_text(text)
     assert groups_of(opened(both), "site", data=str(both)) == ["a", "b", "a", "b", "c", "c"]
     (both / "val" / "images" / "metadata.csv").write_text("file_name,site\ntile3_0.png,c\n")
-    with pytest.raises(UserError, match="no line for 'val/tile3_1.png'"):
+    with pytest.raises(UserError, match=r"no line for 'val/tile3_1\.png'"):
         groups_of(opened(both), "site", data=str(both))
 
 

@@ -198,6 +198,24 @@ def test_other_things_to_train(given: Callable[..., dict[str, Any]], vit: Path, 
         assert cost["parameters_trained"] > sum(value.numel() for value in before.values()) / 2
 
 
+def test_in_the_warm_up_of_the_head_the_adapters_stay(given: Callable[..., dict[str, Any]]) -> None:
+    folder = pretrain.run(given("run", head_warmup_steps=2))
+    early, late = (load_file(folder / "checkpoints" / f"step_00000{step}" / "state.safetensors") for step in (2, 4))
+    ups = [name for name in early if "uniadapter_up.default.weight" in name and name.startswith("student")]
+    heads = [name for name in early if "head" in name and name.endswith("weight") and name.startswith("student")]
+    assert ups and all(not early[name].any() and late[name].any() for name in ups)
+    assert heads and any(not torch.equal(early[name], late[name]) for name in heads)
+
+
+def test_an_anchor_holds_the_features(given: Callable[..., dict[str, Any]]) -> None:
+    free, held = (pretrain.run(given(f"anchor{weight}", anchor=weight, learning_rate=0.05)) for weight in (0.0, 100.0))
+    assert "loss_anchor" not in logged(free)[-1]
+    distance = logged(held)[-1]["loss_anchor"] / 100
+    assert 0 < distance < 0.1
+    with pytest.raises(UserError, match="needs the backbone without adapters"):
+        pretrain.run(given("full", anchor=1.0, adapter="full"))
+
+
 def test_adapters_after_whole_blocks(given: Callable[..., dict[str, Any]]) -> None:
     folder = pretrain.run(given("run", adapter_place="block"))
     names = {name for name in load_file(folder / "adapter/adapter_model.safetensors") if "uniadapter_up" in name}

@@ -296,7 +296,9 @@ def test_a_collapsed_model_is_called_that_first_and_in_red(tmp_path: Path) -> No
     result = collapsed(compared(GAINS))
     page = page_of(result, tmp_path)
     assert answers(result)[0].verdict == "collapsed"
-    assert "good: collapsed: RankMe fell from 104 to 8. Do not use it" in " ".join(page.text.split())
+    assert "good: collapsed: RankMe fell from 104 to 8. Do not use it, whatever its score; " in " ".join(
+        page.text.split()
+    )
     assert page.all("ul")[0]["class"] == "answers" and page.all("li")[0]["class"] == "collapsed"
     assert [row["class"] for row in page.all("tr") if "class" in row].count("collapsed") == 1
     assert summary(result).startswith("good: collapsed: RankMe fell from 104 to 8.")

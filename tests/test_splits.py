@@ -1,5 +1,7 @@
 """Folds: complete, without overlap, balanced, and the same for the same seed."""
 
+import itertools
+
 import pytest
 
 from glare.errors import UserError
@@ -98,3 +100,11 @@ def test_inner_folds_are_five_random_parts_without_two_groups(groups: list[str] 
 
 def test_few_training_images_are_parts_of_their_own() -> None:
     assert sorted(inner_folds([4, 8, 6], None, seed=0)) == [[4], [6], [8]]
+
+
+def test_many_groups_are_put_together_whole() -> None:
+    groups = [f"g{image % 23:02}" for image in range(60)]
+    parts = inner_folds(range(60), groups, seed=0)
+    assert len(parts) == 10 and sorted(image for part in parts for image in part) == list(range(60))
+    for first, second in itertools.combinations(parts, 2):
+        assert not {groups[image] for image in first} & {groups[image] for image in second}

@@ -14,6 +14,7 @@ JOBS = {
     "pretrain": ("glare.pretrain:main", "adapt a self-supervised ViT to unlabelled images"),
     "finetune": ("glare.finetune:main", "train a segmentation head on labelled images"),
     "evaluate": ("glare.evaluate:main", "measure a segmentation model on labelled images"),
+    "compare": ("glare.compare:main", "did it help: adapted models against the untouched one and random adapters"),
     "inspect": ("glare.inspect:main", "see what a pre-training would see, and check the data"),
     "predict": ("glare.inference:main", "segment images of any size"),
 }

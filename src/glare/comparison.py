@@ -96,7 +96,7 @@ class DataResult:
 
 @dataclass(frozen=True)
 class Model:
-    """A compared model. ``of``: for a control, the row whose cosine it was given; ``path``: None for a control."""
+    """A compared model. ``of``: for a control, the row whose cosine it was given."""
 
     name: str
     role: str

@@ -1,8 +1,9 @@
 """The models of a comparison: what they are called, which of them are one recipe run with several seeds."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,13 @@ def load(model: Model, like: GlareModel) -> GlareModel:
                 f"{model.path!r} has {key} {getattr(ours, key)}, the untouched model {getattr(theirs, key)}; "
                 "give models adapted from the one that --base names"
             )
-    return loaded.eval().requires_grad_(False)
+    loaded.eval().requires_grad_(False)
+    return loaded
+
+
+def file_name(model: Model) -> str:
+    """The model's name as the name of a folder."""
+    return re.sub(r"[^\w.-]+", "_", model.name)
 
 
 def recipe_of(path: str) -> dict[str, Any] | None:
@@ -103,5 +110,6 @@ def _what_matters(recipe: dict[str, Any]) -> dict[str, Any]:
 def _group_name(members: Sequence[Model]) -> str:
     if len(members) == 1:
         return members[0].name
-    shared = commonprefix([model.name for model in members]).rstrip("_-/ ")
+    letters = takewhile(lambda column: len(set(column)) == 1, zip(*(model.name for model in members), strict=False))
+    shared = "".join(column[0] for column in letters).rstrip("_-/ ")
     return f"{shared or members[0].name} ({len(members)} seeds)"

@@ -139,7 +139,10 @@ def read_curves(metrics: Path) -> dict[str, list[Point]]:
     """
     curves: dict[str, list[Point]] = {}
     for line in metrics.read_text(encoding="utf-8").splitlines():
-        entry = json.loads(line)
+        try:
+            entry = json.loads(line)
+        except ValueError:  # a line that a killed run left unfinished
+            continue
         if entry.get("marginal_entropy") is not None and entry.get("teacher_entropy") is not None:
             entry["information"] = entry["marginal_entropy"] - entry["teacher_entropy"]
         for name, value in entry.items():

@@ -63,6 +63,8 @@ class PretrainRecipe:
     weight_decay: float = option(0.1, "of matrices; biases and norms have none")
     clip: float = option(3.0, "largest gradient norm of each parameter")
     freeze_last_layer_steps: int | None = option(None, "steps in which the head's last layer does not move; an epoch")
+    head_warmup_steps: int = option(0, "steps in which only the objective's heads learn")
+    anchor: float = option(0.0, "weight of a term that holds patches near their features without adapters")
     momentum: float | None = option(None, "of the teacher, at the start; derived where not given")
     momentum_end: float | None = option(None, "at the end of its cosine; derived where not given")
     teacher_temperature: tuple[float, float] = option((0.04, 0.07), "at the start, and after its linear ramp")
@@ -198,6 +200,11 @@ def resolve(
     }
     known = {key: value for key, value in given.items() if value is not None}
     recipe = recipes.from_dict(PretrainRecipe, overlay(derived, known))
+    if recipe.anchor and recipe.adapter not in ("uniadapter", "lora"):
+        raise UserError(
+            f"anchor {recipe.anchor} needs the backbone without adapters, which adapter {recipe.adapter!r} changes; "
+            "give --adapter uniadapter or lora, or leave anchor out"
+        )
     for name, size in (("global_size", recipe.views.global_size), ("local_size", recipe.views.local_size)):
         if size % patch_size:
             raise UserError(
@@ -226,7 +233,8 @@ def make_student(model: GlareModel, recipe: PretrainRecipe) -> Student:
     config = model.config.backbone_config
     settings = getattr(recipe, recipe.objective)
     objective = OBJECTIVES[recipe.objective](config.hidden_size, config.num_attention_heads, settings)
-    return Student(model.backbone, objective, mask_token=recipe.views.patch_augmentation == "mask")
+    mask_token = recipe.views.patch_augmentation == "mask"
+    return Student(model.backbone, objective, mask_token=mask_token, anchor=recipe.anchor)
 
 
 def to_device(images: PackedImages, device: torch.device) -> PackedImages:
@@ -284,6 +292,8 @@ def train_step(
     grad_norm = clip_each([p for p in state.student.parameters() if p.grad is not None], recipe.clip)
     if step < plan.freeze_last_layer_steps:
         state.student.objective.head.last_layer.zero_grad()
+    if step < recipe.head_warmup_steps:
+        state.student.backbone.zero_grad()
     state.optimizer.step()
     state.optimizer.zero_grad()
     update_teacher(state.teacher, state.student, plan.momentum_at(step))

@@ -174,7 +174,7 @@ def _sentence(result: Comparison, row: Row) -> str:
 def _lead(finding: Finding, place: str, row: Row) -> str:
     difference = finding.against_untouched
     if row.collapsed:
-        return f"collapsed: {row.collapsed.rstrip('.')}. Do not use it, whatever its score {place}"
+        return f"collapsed: {row.collapsed.rstrip('.')}. Do not use it, whatever its score; {row.verdict} {place}"
     if finding.verdict != row.verdict:
         return f"{row.verdict}, as the probes disagree; {finding.verdict} {place}"
     if finding.verdict in (BETTER, WORSE):

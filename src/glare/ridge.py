@@ -22,7 +22,7 @@ from glare.gram import eigh
 from glare.intervals import areas, mean_iou
 from glare.splits import Fold, inner_folds
 
-STRENGTHS = tuple(10.0 ** (exponent / 2) for exponent in range(2, -11, -1))
+STRENGTHS = tuple(10.0 ** (exponent / 2) for exponent in range(2, -15, -1))
 """Multiples of the mean eigenvalue, from strong to weak: of equal ones the strongest is taken."""
 
 TINY = torch.finfo(torch.float64).tiny

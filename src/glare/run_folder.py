@@ -143,7 +143,7 @@ class RunFolder:
         target = self.path / name
         partial = _partial(target)
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
+        partial.mkdir(parents=True)
         try:
             yield partial
             for file in sorted(partial.rglob("*")):

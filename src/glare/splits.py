@@ -1,5 +1,6 @@
 """Which labelled images are for training a probe and which for testing it."""
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ import torch
 
 from glare.errors import UserError
 
-INNER_PARTS = 5
+INNER_PARTS, MOST_PARTS = 5, 10
 """Parts of the training images where they are not grouped."""
 
 
@@ -93,10 +94,11 @@ def inner_folds(train: Sequence[int], groups: Sequence[str] | None, *, seed: int
         seed: of the random parts.
 
     Returns:
-        The groups among ``train`` where there are 2 or more, else 5 random parts, or one for each image where there
-        are fewer than 5.
+        The groups among ``train`` where there are 2 or more, put together to 10 parts where there are more; else 5
+        random parts, or one for each image where there are fewer than 5.
     """
-    parts = [] if groups is None else _by_group(train, groups)
+    by_group = [] if groups is None else _by_group(train, groups)
+    parts = [sorted(itertools.chain(*by_group[start::MOST_PARTS])) for start in range(min(MOST_PARTS, len(by_group)))]
     return parts if len(parts) > 1 else _parts(train, min(INNER_PARTS, len(train)), seed=seed)
 
 

@@ -1,9 +1,13 @@
 """What trains: a backbone and the objective's heads, one module, so that one copy of it is the teacher."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Self
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel
 
 from glare.features import Features, encode, use_packed_attention
@@ -19,8 +23,11 @@ class Student(nn.Module):
 
     objective: Objective
 
-    def __init__(self, backbone: PreTrainedModel, objective: Objective, *, mask_token: bool) -> None:
+    def __init__(
+        self, backbone: PreTrainedModel, objective: Objective, *, mask_token: bool, anchor: float = 0.0
+    ) -> None:
         super().__init__()
+        self.anchor = anchor
         use_packed_attention(backbone)
         self.backbone = backbone.eval()
         self.objective = objective
@@ -41,7 +48,11 @@ class Student(nn.Module):
         temperature: float,
         generator: torch.Generator,
     ) -> Terms:
-        """Loss terms of one batch; ``teacher`` are ``target.target_features(views)``."""
+        """Loss terms of one batch; ``teacher`` are ``target.target_features(views)``.
+
+        With an ``anchor`` a further term holds patches near the features of the backbone without its adapters:
+        the mean of 1 - cosine, times ``anchor``.
+        """
         global_, local = encode(
             self.backbone, [views.augmented, views.local], mask=views.patch_mask, mask_token=self.mask_token
         )
@@ -53,4 +64,22 @@ class Student(nn.Module):
             temperature=temperature,
             generator=generator,
         )
+        if self.anchor:
+            with torch.no_grad(), without_adapters(self.backbone):
+                untouched = encode(self.backbone, [views.global_])[0]
+            distance = 1 - cosine_similarity(global_.patches.float(), untouched.patches.float(), dim=-1)
+            terms.losses["anchor"] = self.anchor * distance.mean()
         return terms
+
+
+@contextmanager
+def without_adapters(backbone: nn.Module) -> Iterator[None]:
+    """While open, the adapters of a backbone do nothing."""
+    layers = [module for module in backbone.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer._disable_adapters = True  # enable_adapters(False) would also stop their gradients
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False

@@ -1,0 +1,59 @@
+"""What ``glare compare`` is asked for."""
+
+import shlex
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from glare.comparison_probes import PROBES
+from glare.recipes import option, required
+from glare.runtime import DEVICES, PRECISIONS
+from glare.segmenters import HEADS
+
+
+@dataclass(frozen=True)
+class CompareRecipe:
+    """Measure adapted models against the untouched one and against random adapters, and write a report."""
+
+    base: str = required(help="the untouched ViT: folder or Hub id")
+    adapted: tuple[str, ...] = required(help="run folders of glare pretrain, model folders or Hub ids")
+    data: str = required(help="labelled folder, or landcover:<domain>[:count[:seed]]")
+    output: Path = required(help="folder for the report, compare.json and compare.md")
+    protocol: str = option("linear", "frozen features and ridge; neighbours; full fine-tuning", choices=tuple(PROBES))
+    foreign: tuple[str, ...] = option((), "models adapted in the same way to images of another domain")
+    forgetting: tuple[str, ...] = option((), "labelled data that no model was adapted to")
+    match: str | None = option(None, "globs on file stems to use at all, comma-separated, ! excludes")
+    val_match: str | None = option(None, "globs on file stems to measure on; the others train")
+    group_by: str | None = option(
+        None, "leave one group out: prefix, folder, a column of metadata.csv, or a regular expression with a group"
+    )
+    folds: int | None = option(None, "random folds, instead of the given train and val")
+    num_images: int | None = option(None, "use this many images of each part at most, drawn with the seed")
+    seeds: int | None = option(None, "draws of random folds, or of fine-tunings; 3 where not given, 1 for knn")
+    controls: int = option(3, "draws of random adapters for each row, at least 3")
+    short_side: int | None = option(None, "px of the images' short side; 32 patches where not given")
+    head: str = option("fpn", "fpn protocol: head", choices=HEADS)
+    steps: int | None = option(None, "fpn protocol: steps of each fine-tuning; derived where not given")
+    strict: bool = option(False, "stop at the first unreadable image instead of skipping it")
+    seed: int = option(0, "of all draws")
+    device: str = option("auto", "where to run", choices=DEVICES)
+    precision: str = option("auto", "auto: bf16 where the processor has it", choices=PRECISIONS)
+    resume: bool = option(False, "go on in the output folder; what is measured there is not measured again")
+
+    def __post_init__(self) -> None:
+        least = {"controls": 3, "seeds": 1, "folds": 2, "num_images": 2, "short_side": 1}
+        for name, low in least.items():
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise ValueError(f"{name} is {value}; give at least {low}")
+        if not self.adapted:
+            raise ValueError("no adapted model was given; give --adapted one or more run folders")
+
+    def command(self) -> str:
+        """The command line that gives this recipe: what differs from the defaults."""
+        words = ["glare", "compare"]
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value != field.default:
+                words.append(f"--{field.name.replace('_', '-')}")
+                words += map(str, value) if isinstance(value, tuple) else [] if value is True else [str(value)]
+        return shlex.join(words)
