@@ -193,3 +193,14 @@ def test_on_the_command_line(models: Path, data: Path, tmp_path: Path) -> None:
     )
     assert wrong.returncode == 2 and "controls is 1; give at least 3" in wrong.stderr
     assert "Traceback" not in wrong.stderr
+
+
+def test_repeated_test_images_are_counted(
+    linear: tuple[Comparison, Path], models: Path, data: Path, tmp_path: Path
+) -> None:
+    film = tmp_path / "film"
+    shutil.copytree(data, film)
+    for kind in ("images", "labels"):
+        shutil.copy(film / kind / "tile0_0.png", film / kind / "tile0_9.png")
+    found = run(models, film, tmp_path / "out", "adapted", folds=2)
+    assert found.data[0].repeats == linear[0].data[0].repeats + 1

@@ -127,7 +127,7 @@ def compared(
 
     def measured_on(data: str, adapted_to: bool) -> DataResult:
         health = {model.name: Health(100.0, 0.57, 0.9) for model in models}
-        return DataResult(data, "8 groups", 72, classes, adapted_to, health, [probed(probe) for probe in probes])
+        return DataResult(data, "8 groups", 72, 0, classes, adapted_to, health, [probed(probe) for probe in probes])
 
     def row(name: str) -> Row:
         found = finding(*next((g, 0.02, c) for n, g, c in gains if n == name), classes, foreign=False, groups=0)
@@ -440,3 +440,11 @@ def test_markdown_and_plain_tables() -> None:
     assert plain(table).splitlines()[2] == "  p|q                      1"
     assert escape("[a](b) <c>\n*d*") == r"[a\](b) \<c\> \*d\*"
     assert shorten("abcdefghij", 7) == "ab...ij" and shorten("abc", 7) == "abc"
+
+
+def test_test_images_that_repeat_each_other_are_said_to_narrow_the_intervals(tmp_path: Path) -> None:
+    result = compared(GAINS)
+    film = replace(result, data=[replace(result.data[0], repeats=40), *result.data[1:]])
+    assert "repeat another one" not in page_of(result, tmp_path / "a").text
+    text = page_of(film, tmp_path / "b").text
+    assert text.count("40 of the test images repeat another one") >= 2

@@ -42,10 +42,11 @@ from glare.verdicts import Measured, confidence_of, probe_result, row_verdict
 from glare.versions import versions
 from glare.views import Normalisation
 
-PATCHES = 32  # on the short side of the images that probes see
-CALIBRATION = 2  # images on which the strength of random adapters is set
-TIMED_IMAGES, TIMED_PAIRS = 2, 20
+PATCHES = 28  # on the short side of the images that probes see, as pre-training keeps images
+CALIBRATION = 16  # images, small and square, on which the strength of random adapters is set
+TIMED_PAIRS = 20
 SEEDS = {"linear": 3, "knn": 1, "fpn": 3}
+CONTROLS = {"linear": 5, "knn": 3, "fpn": 3}
 
 
 @dataclass(frozen=True)
@@ -153,24 +154,24 @@ def make_controls(job: Job, row: Group, subject: Subject, place: int) -> list[Mo
 
     ``place``: of the row among all rows, whose draws are independent.
     """
-    images = job.normalised(subject.some_images(CALIBRATION))
+    images = job.normalised(subject.thumbnails(CALIBRATION, side=PATCHES // 2 * job.base.patch_size))
     members = [load(model, job.base).to(job.accelerator.device) for model in row.members]
     with torch.inference_mode(), job.accelerator.autocast():
         target = sum(mean_cosine(patches(model, images), patches(job.base, images)) for model in members) / len(members)
     config = members[0].config.adapter_config
     like = None if config is None else PeftConfig.from_peft_type(**config)
-    models = []
-    for number in range(job.recipe.controls):
+    models, count = [], job.recipe.controls or CONTROLS[job.recipe.protocol]
+    for number in range(count):
         model = Model(f"random {number + 1} like {row.name}", CONTROL, None, of=row.name)
         model = replace(model, path=str(job.folder.path / "controls" / file_name(model)))
         models.append(model)
         if Path(str(model.path)).exists():
             continue
         with job.accelerator.autocast():
-            seed = job.recipe.seed + place * job.recipe.controls + number
+            seed = job.recipe.seed + place * count + number
             adapted, reached = random_adapters(job.base, like, images, target, seed=seed)
         with job.folder.publish(f"controls/{file_name(model)}") as path:
-            adapted.save_pretrained(path)
+            adapted.save_adapter(path, base_model=job.recipe.base)
         print(f"{model.name}: mean cosine to the untouched features {reached:.3f}, wanted {target:.3f}")
     return models
 
@@ -262,6 +263,7 @@ def judged(
         data=subject.name,
         split=subject.division.text,
         num_images=len(subject.tested),
+        repeats=subject.repeats(),
         classes=classes,
         adapted_to=main,
         health=health,
@@ -289,7 +291,8 @@ def pictures_of(
 
     def side(of: Model) -> Side:
         loaded = job.base if of.name == UNTOUCHED else load(of, job.base).to(job.accelerator.device)
-        return Side(of.name, loaded, partial(predictions, job, subject, of, shown[of.name]))
+        features = shown[of.name] or features_of(job, of, subject)
+        return Side(of.name, loaded, features, partial(predictions, job, subject, of, features))
 
     return draw(
         subject,
@@ -297,24 +300,22 @@ def pictures_of(
         side(model),
         (right[1] - right[0]) / labelled,
         normalise=job.normalise,
-        device=job.accelerator.device,
         autocast=job.accelerator.autocast,
     )
 
 
 def predictions(
-    job: Job, subject: Subject, model: Model, features: PatchFeatures | None, images: Sequence[int]
+    job: Job, subject: Subject, model: Model, features: PatchFeatures, images: Sequence[int]
 ) -> list[NDArray[np.uint8]]:
     """Class indices (h, w) of some tested images at the size the frozen probes see."""
     if job.recipe.protocol == "fpn":
         return finetuned_predictions(subject, tuning_of(job, 0, model), images, job.accelerator.device)
-    features = features or features_of(job, model, subject)
     return frozen_predictions(features, subject, job.recipe.protocol, images)
 
 
 def price_of(job: Job, model: Model, subject: Subject) -> Price:
     """What an adapted model costs, its overhead timed on this machine."""
-    images = job.normalised(subject.some_images(TIMED_IMAGES))
+    images = job.normalised(subject.images[0].unsqueeze(0))
     adapted = load(model, job.base).to(job.accelerator.device)
     with torch.inference_mode(), job.accelerator.autocast():
         overhead = inference_overhead(job.base, adapted, images, repeats=TIMED_PAIRS)

@@ -83,11 +83,15 @@ class ProbeResult:
 
 @dataclass(frozen=True)
 class DataResult:
-    """Everything on one data set. ``adapted_to`` is false for those that tell what was forgotten."""
+    """Everything on one data set. ``adapted_to`` is false for those that tell what was forgotten.
+
+    ``num_images`` are tested; ``repeats`` of them show what another one shows, which intervals do not know.
+    """
 
     data: str
     split: str
     num_images: int
+    repeats: int
     classes: Sequence[str]
     adapted_to: bool
     health: Mapping[str, Health]

@@ -7,11 +7,11 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from glare.backbones import load_backbone
 from glare.comparison import ADAPTED, FOREIGN, UNTOUCHED, Model
 from glare.errors import UserError
 from glare.modeling_glare import GlareModel
 from glare.run_folder import MAY_DIFFER_ON_RESUME
+from glare.segmenters import load_pretrained
 from glare.yaml_files import flatten, read_mapping
 
 BETWEEN_RUNS = {"seed", "output"}
@@ -65,7 +65,7 @@ def distinct_names(paths: Sequence[str]) -> list[str]:
 def load(model: Model, like: GlareModel) -> GlareModel:
     """The model behind a path, in evaluation mode; UserError where it is no relative of ``like``."""
     assert model.path is not None
-    loaded = load_backbone(model.path)
+    loaded, _ = load_pretrained(model.path)
     ours, theirs = loaded.config.backbone_config, like.config.backbone_config
     for key in ("model_type", "hidden_size", "num_hidden_layers", "patch_size"):
         if getattr(ours, key) != getattr(theirs, key):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from glare.comparison_probes import Subject
 from glare.features import encode, use_packed_attention
-from glare.frozen_features import by_image, extract
+from glare.frozen_features import PatchFeatures, by_image
 from glare.modeling_glare import GlareModel
 from glare.pictures import attention_picture, change_picture, pca_picture
 from glare.report import Picture
@@ -25,10 +25,13 @@ ATTENDED = 2
 
 @dataclass(frozen=True)
 class Side:
-    """The untouched or an adapted model: ``predict`` gives class indices (h, w) for images of the subject."""
+    """The untouched or an adapted model: ``features`` of all images of the subject, ``predict`` gives class indices
+    (h, w) for some of them.
+    """
 
     name: str
     model: GlareModel
+    features: PatchFeatures
     predict: Callable[[Sequence[int]], list[NDArray[np.uint8]]]
 
 
@@ -39,7 +42,6 @@ def draw(
     gains: Tensor,
     *,
     normalise: Normalisation,
-    device: torch.device,
     autocast: Callable[[], AbstractContextManager[Any]],
 ) -> list[Picture]:
     """All pictures; ``gains`` (tested images,): share of right pixels after, minus before."""
@@ -53,19 +55,12 @@ def draw(
             *_changes(subject, before, after, lost, "lost"),
         ]
         attention = [_attention(subject, before, after, image, normalise) for image in shown[:ATTENDED]]
-    images = [subject.images[image] for image in shown]
-    features = [
-        extract(side.model, images, normalise=normalise, device=device, autocast=autocast) for side in (before, after)
-    ]
-    maps = [
-        [rows.float().unflatten(0, grid) for rows, grid in zip(by_image(f.features, f.grids), f.grids, strict=True)]
-        for f in features
-    ]
+    maps = [[_feature_map(side.features, image) for image in shown] for side in (before, after)]
     names = [_name(subject, image) for image in shown]
     pca = Picture(
         f"Patch features, untouched and {after.name}",
         "First three principal components of both models' patch features together, as red, green and blue.",
-        pca_picture([_picture(image) for image in images], *maps, names=names),
+        pca_picture([_picture(subject.images[image]) for image in shown], *maps, names=names),
         "pca",
     )
     return [*pictures, pca, *attention]
@@ -106,6 +101,13 @@ def _attention(subject: Subject, before: Side, after: Side, image: int, normalis
         attention_picture(_picture(pixels), *maps),
         "attention",
     )
+
+
+def _feature_map(features: PatchFeatures, image: int) -> Tensor:
+    """Patch features (rows, columns, d) of one image."""
+    rows = by_image(features.features, features.grids)[image]
+    grid: Tensor = rows.float().unflatten(0, features.grids[image])
+    return grid
 
 
 def _picture(pixels: Tensor) -> Image.Image:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from glare.comparison import Health
@@ -13,6 +14,7 @@ from glare.comparison_data import Division, Pool, SplitPlan, divide
 from glare.frozen_features import PatchFeatures, PatchLabels, counts_of, label_map, read_images
 from glare.health import feature_std, mean_cosine, rankme
 from glare.intervals import areas
+from glare.near_duplicates import repeats, thumbnail
 from glare.neighbours import knn_scores
 from glare.ridge import ridge_scores
 from glare.splits import Fold
@@ -47,11 +49,17 @@ class Subject:
         groups = self.division.groups
         return None if groups is None else [groups[image] for image in self.tested]
 
-    def some_images(self, count: int) -> Tensor:
-        """At most ``count`` images of the most frequent size, from all over the data set: (n, 3, h, w) uint8."""
-        shapes = [image.shape for image in self.images]
-        alike = [image for image in self.images if image.shape == max(shapes, key=shapes.count)]
-        return torch.stack(alike[:: max(1, len(alike) // count)][:count])
+    def repeats(self) -> int:
+        """How many of them are near-duplicates of another one."""
+        pictures = (Image.fromarray(self.images[i].permute(1, 2, 0).numpy()) for i in self.tested)
+        return len(repeats(np.stack([thumbnail(picture) for picture in pictures])))
+
+    def thumbnails(self, count: int, *, side: int) -> Tensor:
+        """At most ``count`` images from all over the data set, at ``side`` x ``side`` px: (n, 3, side, side) uint8."""
+        chosen = np.linspace(0, len(self.images) - 1, min(count, len(self.images))).round().astype(int)
+        pictures = (Image.fromarray(self.images[i].permute(1, 2, 0).numpy()) for i in chosen)
+        small = [np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC)) for picture in pictures]
+        return torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2)
 
 
 def read_subject(

@@ -15,7 +15,7 @@ class CompareRecipe:
     """Measure adapted models against the untouched one and against random adapters, and write a report."""
 
     base: str = required(help="the untouched ViT: folder or Hub id")
-    adapted: tuple[str, ...] = required(help="run folders of glare pretrain, model folders or Hub ids")
+    adapted: tuple[str, ...] = required(help="run folders of glare pretrain, model or PEFT adapter folders, or Hub ids")
     data: str = required(help="labelled folder, or landcover:<domain>[:count[:seed]]")
     output: Path = required(help="folder for the report, compare.json and compare.md")
     protocol: str = option("linear", "frozen features and ridge; neighbours; full fine-tuning", choices=tuple(PROBES))
@@ -29,8 +29,8 @@ class CompareRecipe:
     folds: int | None = option(None, "random folds, instead of the given train and val")
     num_images: int | None = option(None, "use this many images of each part at most, drawn with the seed")
     seeds: int | None = option(None, "draws of random folds, or of fine-tunings; 3 where not given, 1 for knn")
-    controls: int = option(3, "draws of random adapters for each row, at least 3")
-    short_side: int | None = option(None, "px of the images' short side; 32 patches where not given")
+    controls: int | None = option(None, "draws of random adapters a row, at least 3; 5 for linear, else 3")
+    short_side: int | None = option(None, "px of the images' short side; 28 patches where not given")
     head: str = option("fpn", "fpn protocol: head", choices=HEADS)
     steps: int | None = option(None, "fpn protocol: steps of each fine-tuning; derived where not given")
     strict: bool = option(False, "stop at the first unreadable image instead of skipping it")

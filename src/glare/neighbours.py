@@ -18,7 +18,7 @@ from glare.splits import Fold
 
 NEIGHBOURS = 20
 TEMPERATURE = 0.07
-MEMORY_PATCHES = 10_000
+MEMORY_PATCHES = 5_000
 EPS = 0.1  # of the mean eigenvalue, added to each before whitening
 QUERIES = 1024  # whose similarities to the memory are held at once
 

@@ -223,6 +223,7 @@ def _notes(result: Comparison, row: Row) -> list[str]:
         ]
         where = f"Other probes on {data.data}" if data.adapted_to else f"On {data.data}, not adapted to"
         notes += [f"{where}: {'; '.join(texts)}."] if texts else []
+    notes += [f"{data.data}: {_repeats_text(data)[2:]}." for data in measured(result) if data.repeats]
     if len(row.members) > 1:
         notes.append(f"{len(row.members)} runs: {', '.join(row.members)}.")
     else:
@@ -271,4 +272,13 @@ def facts(result: Comparison) -> dict[str, str]:
 
 def _data_text(data: DataResult) -> str:
     role = "adapted to" if data.adapted_to else "not adapted to"
-    return f"{role}; {data.num_images} test images, {len(data.classes)} classes; {data.split}"
+    return f"{role}; {data.num_images} test images, {len(data.classes)} classes; {data.split}{_repeats_text(data)}"
+
+
+def _repeats_text(data: DataResult) -> str:
+    if not data.repeats:
+        return ""
+    return (
+        f"; {data.repeats} of the test images repeat another one (frames of a film, copies), and intervals that take "
+        "them for independent are too narrow: use fewer of them (--match, --num-images)"
+    )
