@@ -7,8 +7,9 @@ from tiny_models import adapted_model, tiny_vit
 
 from glare.backbones import load_backbone
 from glare.comparison import ADAPTED, FOREIGN, Model
-from glare.comparison_models import distinct_names, groups_of, load, recipe_of, run_folder_of
+from glare.comparison_models import distinct_names, groups_of, load, recipe_of
 from glare.errors import UserError
+from glare.run_folder import run_folder_of
 from glare.yaml_files import dump
 
 

@@ -25,18 +25,18 @@ from glare.backbones import load_backbone, read_normalisation
 from glare.comparison import CONTROL, UNTOUCHED, Comparison, DataResult, Health, Model, Price
 from glare.comparison_data import Pool, SplitPlan, open_pool, sample
 from glare.comparison_finetuning import FineTuning, finetuned_areas, finetuned_predictions
-from glare.comparison_models import Group, file_name, groups_of, load, run_folder_of, untouched
+from glare.comparison_models import Group, file_name, groups_of, load, untouched
 from glare.comparison_pictures import Side, draw
 from glare.comparison_probes import PROBES, Subject, frozen_areas, frozen_predictions, health_of, read_subject
 from glare.comparison_recipe import CompareRecipe
-from glare.controls import random_adapters
+from glare.controls import patch_tokens, random_adapters
 from glare.errors import UserError
 from glare.frozen_features import PatchFeatures, extract
 from glare.health import collapse, mean_cosine
 from glare.modeling_glare import GlareModel
 from glare.price import inference_overhead, price
 from glare.report import Picture, summary, write_report
-from glare.run_folder import RunFolder
+from glare.run_folder import RunFolder, run_folder_of
 from glare.runtime import make_accelerator
 from glare.verdicts import Measured, confidence_of, probe_result, row_verdict
 from glare.versions import versions
@@ -157,7 +157,8 @@ def make_controls(job: Job, row: Group, subject: Subject, place: int) -> list[Mo
     images = job.normalised(subject.thumbnails(CALIBRATION, side=PATCHES // 2 * job.base.patch_size))
     members = [load(model, job.base).to(job.accelerator.device) for model in row.members]
     with torch.inference_mode(), job.accelerator.autocast():
-        target = sum(mean_cosine(patches(model, images), patches(job.base, images)) for model in members) / len(members)
+        reference = patch_tokens(job.base, images)
+        target = sum(mean_cosine(patch_tokens(model, images), reference) for model in members) / len(members)
     config = members[0].config.adapter_config
     like = None if config is None else PeftConfig.from_peft_type(**config)
     models, count = [], job.recipe.controls or CONTROLS[job.recipe.protocol]
@@ -174,12 +175,6 @@ def make_controls(job: Job, row: Group, subject: Subject, place: int) -> list[Mo
             adapted.save_adapter(path, base_model=job.recipe.base)
         print(f"{model.name}: mean cosine to the untouched features {reached:.3f}, wanted {target:.3f}")
     return models
-
-
-def patches(model: GlareModel, images: Tensor) -> Tensor:
-    """Patch tokens (n, patches, d) of images (n, 3, h, w)."""
-    tokens: Tensor = model(images).last_hidden_state
-    return tokens[:, model.num_prefix_tokens(tokens, images) :].float()
 
 
 def measure(

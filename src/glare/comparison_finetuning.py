@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from glare import finetune
@@ -73,6 +72,5 @@ def finetuned_predictions(
     for image in images:
         place = next(place for place, fold in enumerate(subject.folds[0]) if image in fold.test)
         segmenter, normalise = load_segmenter(str(tuning.run(subject, 0, place)), device=device)
-        picture = Image.fromarray(subject.images[image].permute(1, 2, 0).numpy())
-        found += segment(segmenter, [picture], normalise=normalise)
+        found += segment(segmenter, [subject.picture(image)], normalise=normalise)
     return found

@@ -10,7 +10,7 @@ from typing import Any
 from glare.comparison import ADAPTED, FOREIGN, UNTOUCHED, Model
 from glare.errors import UserError
 from glare.modeling_glare import GlareModel
-from glare.run_folder import MAY_DIFFER_ON_RESUME
+from glare.run_folder import MAY_DIFFER_ON_RESUME, run_folder_of
 from glare.segmenters import load_pretrained
 from glare.yaml_files import flatten, read_mapping
 
@@ -84,14 +84,8 @@ def file_name(model: Model) -> str:
 
 def recipe_of(path: str) -> dict[str, Any] | None:
     """The recipe of the run that wrote the model, None where it is not in its run folder."""
-    files = (folder / "recipe.yaml" for folder in (Path(path), Path(path).parent))
-    found = next((file for file in files if file.is_file()), None)
-    return read_mapping(found) if found else None
-
-
-def run_folder_of(path: str) -> Path | None:
-    """The run folder a model lies in."""
-    return next((folder for folder in (Path(path), Path(path).parent) if (folder / "recipe.yaml").is_file()), None)
+    run = run_folder_of(path)
+    return read_mapping(run / "recipe.yaml") if run else None
 
 
 def _same_recipe(first: str | None, second: str | None) -> bool:

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from glare.comparison_probes import Subject
@@ -60,7 +59,7 @@ def draw(
     pca = Picture(
         f"Patch features, untouched and {after.name}",
         "First three principal components of both models' patch features together, as red, green and blue.",
-        pca_picture([_picture(subject.images[image]) for image in shown], *maps, names=names),
+        pca_picture([subject.picture(image) for image in shown], *maps, names=names),
         "pca",
     )
     return [*pictures, pca, *attention]
@@ -75,9 +74,7 @@ def _changes(subject: Subject, before: Side, after: Side, images: Sequence[int],
         Picture(
             _name(subject, image),
             f"Untouched against {after.name}.",
-            change_picture(
-                _picture(subject.images[image]), subject.labels.maps[image], *pair, data.classes, data.palette
-            ),
+            change_picture(subject.picture(image), subject.labels.maps[image], *pair, data.classes, data.palette),
             section,
         )
         for image, pair in zip(images, pairs, strict=True)
@@ -98,7 +95,7 @@ def _attention(subject: Subject, before: Side, after: Side, image: int, normalis
     return Picture(
         _name(subject, image),
         f"What the class token attends to in the last block, by head; untouched above {after.name}.",
-        attention_picture(_picture(pixels), *maps),
+        attention_picture(subject.picture(image), *maps),
         "attention",
     )
 
@@ -108,10 +105,6 @@ def _feature_map(features: PatchFeatures, image: int) -> Tensor:
     rows = by_image(features.features, features.grids)[image]
     grid: Tensor = rows.float().unflatten(0, features.grids[image])
     return grid
-
-
-def _picture(pixels: Tensor) -> Image.Image:
-    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
 def _name(subject: Subject, image: int) -> str:

@@ -49,16 +49,18 @@ class Subject:
         groups = self.division.groups
         return None if groups is None else [groups[image] for image in self.tested]
 
+    def picture(self, image: int) -> Image.Image:
+        """An image as the probes see it."""
+        return Image.fromarray(self.images[image].permute(1, 2, 0).numpy())
+
     def repeats(self) -> int:
         """How many of them are near-duplicates of another one."""
-        pictures = (Image.fromarray(self.images[i].permute(1, 2, 0).numpy()) for i in self.tested)
-        return len(repeats(np.stack([thumbnail(picture) for picture in pictures])))
+        return len(repeats(np.stack([thumbnail(self.picture(image)) for image in self.tested])))
 
     def thumbnails(self, count: int, *, side: int) -> Tensor:
         """At most ``count`` images from all over the data set, at ``side`` x ``side`` px: (n, 3, side, side) uint8."""
         chosen = np.linspace(0, len(self.images) - 1, min(count, len(self.images))).round().astype(int)
-        pictures = (Image.fromarray(self.images[i].permute(1, 2, 0).numpy()) for i in chosen)
-        small = [np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC)) for picture in pictures]
+        small = [np.asarray(self.picture(i).resize((side, side), Image.Resampling.BICUBIC)) for i in chosen]
         return torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2)
 
 

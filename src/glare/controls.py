@@ -63,11 +63,11 @@ def random_adapters(
                 up.copy_(factor * direction)
 
     set_factor(0.0)
-    untouched = _patch_tokens(model, images)
+    untouched = patch_tokens(model, images)
 
     def cosine_at(factor: float) -> float:
         set_factor(factor)
-        return mean_cosine(_patch_tokens(model, images), untouched)
+        return mean_cosine(patch_tokens(model, images), untouched)
 
     factor, cosine = find_factor(cosine_at, target)
     set_factor(factor)
@@ -84,7 +84,7 @@ def _fresh_adapters(base: GlareModel, config: PeftConfig, *, seed: int) -> Glare
 
 
 @torch.no_grad()
-def _patch_tokens(model: GlareModel, images: Tensor) -> Tensor:
+def patch_tokens(model: GlareModel, images: Tensor) -> Tensor:
     """Images (n, 3, h, w) -> final-norm patch tokens (n * patches, d)."""
     rows, columns = model.grid_size(images)
     tokens: Tensor = model(images).last_hidden_state

@@ -23,7 +23,7 @@ from glare.errors import UserError
 from glare.inference import DEFAULT_TILING, Tiling, class_names, load_segmenter, logits
 from glare.metrics import SegmentationScores, confusion_matrix
 from glare.recipes import option, required
-from glare.run_folder import atomic_write_json
+from glare.run_folder import atomic_write_json, run_folder_of
 from glare.runtime import DEVICES, PRECISIONS, make_accelerator
 from glare.versions import versions
 from glare.views import Normalisation
@@ -188,7 +188,6 @@ def describe(
 
 def training_seed(model: str) -> int | None:
     """The seed in the recipe of the run that wrote ``model``, where it lies in its run folder."""
-    recipes_near = (folder / "recipe.yaml" for folder in (Path(model), Path(model).parent))
-    found = next((file for file in recipes_near if file.is_file()), None)
-    seed = read_mapping(found).get("seed") if found else None
+    run = run_folder_of(model)
+    seed = read_mapping(run / "recipe.yaml").get("seed") if run else None
     return seed if isinstance(seed, int) else None

@@ -179,11 +179,16 @@ def chart_svg(lines: Sequence[Sequence[Point]], *, name: str) -> str:
 
     parts = _chart_axes(x_ticks, y_ticks, last, place)
     for number, line in enumerate(thin):
-        style = f"line c{number % NUM_COLOURS}" + (" dashed" if number // NUM_COLOURS % 2 else "")
+        style = f"line {line_style(number)}"
         parts += [_path(line, place, f"{style} pale"), _path(smooth(line), place, style)] if line else []
     said = f"{name} over {last:g} steps, from {min(values):.3g} to {max(values):.3g}"
     size = f"0 0 {CHART[0]} {CHART[1]}"
     return f'<svg class="chart" viewBox="{size}" role="img" aria-label={quoteattr(said)}>{"".join(parts)}</svg>'
+
+
+def line_style(number: int) -> str:
+    """Classes of the line of run ``number``, the same in all charts and in their legend."""
+    return f"c{number % NUM_COLOURS}" + (" dashed" if number // NUM_COLOURS % 2 else "")
 
 
 def place_in_frame(point: Point, bounds: tuple[Point, Point]) -> Point:

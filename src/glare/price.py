@@ -18,9 +18,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from glare.comparison import Price
-from glare.comparison_models import run_folder_of
 from glare.intervals import Estimate
-from glare.run_folder import RunFolder, atomic_write_json
+from glare.run_folder import RunFolder, atomic_write_json, run_folder_of
 from glare.runtime import Clock
 
 FILE = "price.json"

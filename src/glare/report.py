@@ -11,7 +11,7 @@ import jinja2
 from PIL import Image
 
 from glare.comparison import Comparison, DataResult, ProbeResult
-from glare.plots import NUM_COLOURS, charts, read_curves
+from glare.plots import charts, line_style, read_curves
 from glare.report_plots import class_forests, difference_forest, forgetting_forest, group_forests, split_forest
 from glare.report_tables import (
     Table,
@@ -137,7 +137,7 @@ def to_html(result: Comparison, pictures: Sequence[Picture], curves: Mapping[str
         price=_filled(price_table(result)),
         pictures=_by_section(pictures),
         charts=charts(runs) if runs else {},
-        runs={name: f"c{n % NUM_COLOURS}" + (" dashed" if n // NUM_COLOURS % 2 else "") for n, name in enumerate(runs)},
+        runs={name: line_style(number) for number, name in enumerate(runs)},
         facts=facts(result),
     )
 

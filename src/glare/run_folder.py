@@ -179,6 +179,11 @@ class RunFolder:
         atomic_write_text(file, "".join(f"{line}\n" for line in kept))
 
 
+def run_folder_of(path: str) -> Path | None:
+    """The run folder that ``path`` is or lies in directly, such as a ``model`` folder; None where it is in none."""
+    return next((folder for folder in (Path(path), Path(path).parent) if (folder / "recipe.yaml").is_file()), None)
+
+
 def atomic_write_text(path: Path, text: str) -> None:
     """Write a file so that it is there whole or as it was before."""
     partial = _partial(path)
