@@ -18,7 +18,7 @@ from glare.plots import (
     charts,
     direction,
     mark_svg,
-    read_curves,
+    read_charts,
 )
 from glare.report_text import MINUS
 
@@ -115,7 +115,7 @@ def metrics(tmp_path: Path) -> Path:
 
 
 def test_curves_are_the_finite_numbers_of_a_log(metrics: Path) -> None:
-    curves = read_curves(metrics)
+    curves = read_charts(metrics)
     assert curves["loss_glob"] == [(10, 4), (30, 2)]
     assert curves["learning_rate"] == [(30, 1e-5)] and curves["new"] == [(30, 1)]
     assert [step for step, _ in curves["information"]] == [10, 20]
@@ -124,7 +124,7 @@ def test_curves_are_the_finite_numbers_of_a_log(metrics: Path) -> None:
 
 
 def test_a_chart_for_every_value_with_a_line_for_every_run(metrics: Path) -> None:
-    drawn = charts({"a": {"new": [(1, 1), (2, 3)]}, "b": read_curves(metrics)})
+    drawn = charts({"a": {"new": [(1, 1), (2, 3)]}, "b": read_charts(metrics)})
     first, *_, last = drawn
     assert first == CHART_TITLES["loss_glob"] and last == "new"
     assert not parts(drawn[CHART_TITLES["loss_glob"]], "c0"), "a run keeps its colour where others have no line"

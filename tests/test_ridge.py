@@ -11,7 +11,7 @@ from torch import Tensor
 from glare import ridge
 from glare.errors import UserError
 from glare.frozen_features import PatchFeatures, PatchLabels, by_image
-from glare.ridge import STRENGTHS, image_moments, patch_counts, ridge_counts, ridge_scores, solve
+from glare.ridge import STRENGTHS, class_weights, image_moments, patch_counts, ridge_counts, ridge_scores, solve
 from glare.splits import Fold, inner_folds, leave_one_group_out
 
 GROUPS = ["a", "b", "a", "c", "b", "c", "c"]
@@ -66,14 +66,23 @@ def sample32(**options: float) -> tuple[PatchFeatures, PatchLabels]:
 def test_all_strengths_are_the_least_squares_of_pixels() -> None:
     features, labels = sample32()
     patches, shares = by_image(features.features, GRIDS), by_image(labels.shares, GRIDS)
-    moments = [image_moments(*pair) for pair in zip(patches, shares, strict=True)]
+    by_class = torch.tensor([1.0, 0.25, 3.0])
+    moments = [image_moments(*pair, by_class) for pair in zip(patches, shares, strict=True)]
     found = solve(sum(moments) - moments[2] - moments[4], STRENGTHS)
     x, y = pixels_of(features, labels, [0, 1, 3, 5, 6])
     assert found.weight.shape == (DIM, len(STRENGTHS), CLASSES)
     for number, strength in enumerate(STRENGTHS):
-        weight, intercept = literal_ridge(x, y, torch.ones(len(x)), strength)
+        weight, intercept = literal_ridge(x, y, y @ by_class, strength)
         torch.testing.assert_close(found.weight[:, number].double(), weight, atol=1e-6, rtol=1e-4)
         torch.testing.assert_close(found.intercept[number].double(), intercept, atol=1e-5, rtol=1e-4)
+
+
+def test_weights_fall_with_the_root_of_the_frequency_and_are_1_on_average() -> None:
+    shares = [torch.tensor([[4.0, 1.0, 0.0], [0.0, 0.0, 0.0]]), torch.tensor([[5.0, 0.0, 0.0]])]
+    found = class_weights(shares)
+    assert found[0] * 3 == pytest.approx(found[1].item())
+    assert found[2] == 0
+    assert 9 * found[0] + found[1] == pytest.approx(10)
 
 
 def test_patches_count_with_the_shares_of_their_pixels() -> None:
@@ -101,8 +110,11 @@ def literal_scores(
     """Scores (patches, k) of the test images of a fold, the strength chosen by leaving out one part after the other."""
     patches, shares = by_image(features.features.double(), GRIDS), by_image(labels.shares.double(), GRIDS)
 
+    frequency = sum(shares[i].sum(0) for i in fold.train)
+    by_class = torch.stack([1 / f.sqrt() if f > 0 else f for f in frequency])
+
     def fit(images: Sequence[int], strength: float) -> tuple[Tensor, Tensor]:
-        x, y = torch.cat([patches[i] for i in images]), torch.cat([shares[i] for i in images])
+        x, y = torch.cat([patches[i] for i in images]), torch.cat([shares[i] for i in images]) * by_class
         weight = y.sum(1)
         kept = weight > 0
         return literal_ridge(x[kept], (y / weight[:, None])[kept], weight[kept], strength)

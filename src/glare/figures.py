@@ -1,6 +1,5 @@
 """Pictures of label maps, beside their images, and of training curves; drawn with Pillow alone."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -10,12 +9,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from glare.curves import Point, read_curves
 from glare.errors import UserError
 from glare.run_folder import RunFolder
 
 Colour = tuple[int, int, int]
 Label = NDArray[np.uint8]
-Point = tuple[float, float]
 Frame = tuple[int, int, int, int]
 
 IGNORED: Colour = (44, 44, 48)
@@ -236,15 +235,9 @@ def write_report(folder: RunFolder) -> None:
 
 
 def read_losses(metrics: Path) -> dict[str, list[Point]]:
-    """(step, value) of the finite loss terms in a metrics.jsonl, or of the loss itself where there are no terms."""
-    curves: dict[str, list[Point]] = {}
-    for line in metrics.read_text(encoding="utf-8").splitlines():
-        entry = json.loads(line)
-        for name, value in entry.items():
-            if name.startswith("loss") and isinstance(value, int | float) and math.isfinite(value):
-                curves.setdefault(name, []).append((float(entry["step"]), float(value)))
-    terms = {name: points for name, points in curves.items() if name.startswith("loss_")}
-    return terms or curves
+    """The loss terms in a metrics.jsonl, or the loss itself where there are no terms."""
+    curves = {name: points for name, points in read_curves(metrics).items() if name.startswith("loss")}
+    return {name: points for name, points in curves.items() if name.startswith("loss_")} or curves
 
 
 def smooth(points: Sequence[Point]) -> list[Point]:

@@ -4,7 +4,6 @@ Colours are classes of the page's style sheet, so that a plot is readable on lig
 drawn in percent of its box and so keeps the size of dots and lines at any width; the text beside it is the page's.
 """
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,8 @@ from pathlib import Path
 from statistics import fmean, median
 from xml.sax.saxutils import quoteattr
 
-from glare.figures import Point, smooth, ticks
+from glare.curves import Point, read_curves
+from glare.figures import smooth, ticks
 from glare.report_text import MINUS
 
 EDGE = 6.0  # % of a box at both sides, which a centred number at the end of the axis needs
@@ -21,7 +21,7 @@ CHART = (320, 170)  # px
 FRAME = (48, 10, 312, 146)  # px: left, top, right, bottom of the lines in a chart
 MAX_POINTS = 200  # of a line
 NUM_COLOURS = 6  # of lines in the style sheet; from the seventh on they are dashed
-NOT_CURVES = frozenset({"step", "loss", "images_per_second", "data_wait"})
+NOT_CURVES = frozenset({"loss", "images_per_second", "data_wait"})
 """Values of metrics.jsonl without a chart: the total loss is no measure of progress, speed says nothing of learning."""
 
 CHART_TITLES = {
@@ -132,23 +132,17 @@ def _arrow(x: float, tone: str) -> str:
     return f'<svg x="{x:.2f}%" y="50%" overflow="visible">{shape}</svg>'
 
 
-def read_curves(metrics: Path) -> dict[str, list[Point]]:
-    """(step, value) of every finite number in a metrics.jsonl, by name; what is no curve is left out.
+def read_charts(metrics: Path) -> dict[str, list[Point]]:
+    """The curves of a metrics.jsonl that are drawn.
 
     Adds ``information``: entropy of the teacher's mean target minus the mean entropy of its targets, in nats.
     """
-    curves: dict[str, list[Point]] = {}
-    for line in metrics.read_text(encoding="utf-8").splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError:  # a line that a killed run left unfinished
-            continue
-        if entry.get("marginal_entropy") is not None and entry.get("teacher_entropy") is not None:
-            entry["information"] = entry["marginal_entropy"] - entry["teacher_entropy"]
-        for name, value in entry.items():
-            if name not in NOT_CURVES and isinstance(value, int | float) and math.isfinite(value):
-                curves.setdefault(name, []).append((float(entry["step"]), float(value)))
-    return curves
+    curves = {name: points for name, points in read_curves(metrics).items() if name not in NOT_CURVES}
+    mean_entropy = dict(curves.get("teacher_entropy", ()))
+    known = [
+        (step, value - mean_entropy[step]) for step, value in curves.get("marginal_entropy", ()) if step in mean_entropy
+    ]
+    return curves | ({"information": known} if known else {})
 
 
 def charts(runs: Mapping[str, Mapping[str, Sequence[Point]]]) -> dict[str, str]:

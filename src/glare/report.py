@@ -11,7 +11,7 @@ import jinja2
 from PIL import Image
 
 from glare.comparison import Comparison, DataResult, ProbeResult
-from glare.plots import charts, line_style, read_curves
+from glare.plots import charts, line_style, read_charts
 from glare.report_plots import class_forests, difference_forest, forgetting_forest, group_forests, split_forest
 from glare.report_tables import (
     Table,
@@ -117,7 +117,7 @@ def to_html(result: Comparison, pictures: Sequence[Picture], curves: Mapping[str
     )
     probed = [(data, probe) for data in measured(result) for probe in ordered_probes(result, data)]
     asked = [(data, main_probe(result, data)) for data in measured(result)]
-    runs = {name: found for name, path in curves.items() if (found := read_curves(path))}
+    runs = {name: found for name, path in curves.items() if (found := read_charts(path))}
     pairs = [pair_table(probe, data) for data, probe in asked if probe.pairs]
     return environment.get_template("report.html").render(
         result=result,

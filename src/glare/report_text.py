@@ -27,7 +27,8 @@ COLLAPSED = "collapsed"
 
 
 PROBE_DESCRIPTIONS = {
-    "linear": "a ridge classifier on the frozen patch features, its strength chosen inside the training part",
+    "linear": "a ridge classifier on the frozen patch features, classes weighted by the inverse root of their "
+    "frequency, its strength chosen inside the training part",
     "knn": "20 nearest training patches by cosine, on the frozen patch features",
     "whitened knn": "the same after whitening, which hides what a mere rescaling of directions does",
     "fpn": "a segmentation model, fine-tuned on the training part",
