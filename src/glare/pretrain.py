@@ -62,9 +62,7 @@ class PretrainRecipe:
     warmup_steps: int | None = option(None, "linear warm-up; derived where not given")
     weight_decay: float = option(0.1, "of matrices; biases and norms have none")
     clip: float = option(3.0, "largest gradient norm of each parameter")
-    freeze_last_layer_steps: int | None = option(
-        None, "steps in which the head's last layer does not move; an epoch, a tenth of the steps at most"
-    )
+    freeze_last_layer_steps: int | None = option(None, "steps in which prototypes hold; an epoch, at most a tenth")
     head_warmup_steps: int = option(0, "steps in which only the objective's heads learn")
     anchor: float = option(0.0, "weight of a term that holds patches near their features without adapters")
     momentum: float | None = option(None, "of the teacher, at the start; derived where not given")
