@@ -216,6 +216,18 @@ def test_an_anchor_holds_the_features(given: Callable[..., dict[str, Any]]) -> N
         pretrain.run(given("full", anchor=1.0, adapter="full"))
 
 
+def test_short_runs_start_with_a_head_fitted_to_the_images(given: Callable[..., dict[str, Any]]) -> None:
+    plain, fitted = (
+        pretrain.run(given(init, glare={**SMALL["glare"], "head_init": init})) for init in ("random", "data")
+    )  # type: ignore[dict-item]
+    recipe = recipes.read_yaml(pretrain.run(given("derived")) / "recipe.yaml", PretrainRecipe)
+    assert recipe["glare"]["head_init"] == "data" and recipe["anchor"] == 1.0
+    informed, uninformed = (
+        logged(folder)[0]["marginal_entropy"] - logged(folder)[0]["teacher_entropy"] for folder in (fitted, plain)
+    )
+    assert informed > uninformed
+
+
 def test_adapters_after_whole_blocks(given: Callable[..., dict[str, Any]]) -> None:
     folder = pretrain.run(given("run", adapter_place="block"))
     names = {name for name in load_file(folder / "adapter/adapter_model.safetensors") if "uniadapter_up" in name}

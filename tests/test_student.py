@@ -23,7 +23,7 @@ class Nothing(Objective):
     def forward(self, *_: Any, **__: Any) -> Terms:
         return Terms({})
 
-    def update(self, batch_sums: dict[str, tuple[Tensor, Tensor]]) -> None:
+    def update(self, batch_sums: dict[str, tuple[Tensor, Tensor]], *, momentum: float = 0.9) -> None:
         pass
 
 

@@ -154,6 +154,13 @@ def make_controls(job: Job, row: Group, subject: Subject, place: int) -> list[Mo
 
     ``place``: of the row among all rows, whose draws are independent.
     """
+    count = job.recipe.controls or CONTROLS[job.recipe.protocol]
+    names = [f"random {number + 1} like {row.name}" for number in range(count)]
+    models = [Model(name, CONTROL, None, of=row.name) for name in names]
+    models = [replace(model, path=str(job.folder.path / "controls" / file_name(model))) for model in models]
+    missing = {number: model for number, model in enumerate(models) if not Path(str(model.path)).exists()}
+    if not missing:
+        return models
     images = job.normalised(subject.thumbnails(CALIBRATION, side=PATCHES // 2 * job.base.patch_size))
     members = [load(model, job.base).to(job.accelerator.device) for model in row.members]
     with torch.inference_mode(), job.accelerator.autocast():
@@ -161,13 +168,7 @@ def make_controls(job: Job, row: Group, subject: Subject, place: int) -> list[Mo
         target = sum(mean_cosine(patch_tokens(model, images), reference) for model in members) / len(members)
     config = members[0].config.adapter_config
     like = None if config is None else PeftConfig.from_peft_type(**config)
-    models, count = [], job.recipe.controls or CONTROLS[job.recipe.protocol]
-    for number in range(count):
-        model = Model(f"random {number + 1} like {row.name}", CONTROL, None, of=row.name)
-        model = replace(model, path=str(job.folder.path / "controls" / file_name(model)))
-        models.append(model)
-        if Path(str(model.path)).exists():
-            continue
+    for number, model in missing.items():
         with job.accelerator.autocast():
             seed = job.recipe.seed + place * count + number
             adapted, reached = random_adapters(job.base, like, images, target, seed=seed)

@@ -87,6 +87,6 @@ def masked_mean(values: Tensor, count: Tensor | int) -> Tensor:
     return values.sum() / torch.as_tensor(count, device=values.device).clamp(min=1)
 
 
-def update_centre(centre: Tensor, batch_mean: Tensor) -> Tensor:
+def update_centre(centre: Tensor, batch_mean: Tensor, momentum: float = CENTRE_MOMENTUM) -> Tensor:
     """The next centre: 0.9 centre + 0.1 mean of the teacher's raw logits over the batch."""
-    return torch.lerp(batch_mean.float(), centre, CENTRE_MOMENTUM)
+    return torch.lerp(batch_mean.float(), centre, momentum)

@@ -11,16 +11,17 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from glare import recipes
+from glare import head_start, recipes
 from glare.backbones import ADAPTERS, adapt, load_backbone, read_normalisation
 from glare.crops import PackedImages, fits, subset
-from glare.data.cache import Packed, pack
+from glare.data.cache import pack
 from glare.data.sources import open_source
 from glare.errors import UserError
 from glare.figures import write_report
 from glare.modeling_glare import GlareModel
 from glare.objectives.base import Terms
 from glare.objectives.glare import GlareObjective, GlareSettings
+from glare.pretrain_log import describe, measurements, progress_text
 from glare.pretrain_plan import Plan, derive_model, derive_optimisation, derive_steps, overlay
 from glare.price import Meter, trained_parameters
 from glare.recipes import option, required
@@ -36,6 +37,7 @@ from glare.yaml_files import flatten
 OBJECTIVES = {"glare": GlareObjective}
 """Objective -> its module; its settings are the recipe key of the same name."""
 
+ANCHORED = ("uniadapter", "lora")  # adapters that leave the features without them at hand
 FORGOTTEN = 0.05  # share of its initial weights below which the teacher is the better export
 
 
@@ -126,6 +128,8 @@ def run(given: Mapping[str, Any]) -> Path:
     torch.manual_seed(recipe.seed)
     model = adapt(model, recipe.adapter, rank=recipe.rank, scale=recipe.scale, place=recipe.adapter_place)
     student = make_student(model, recipe).to(accelerator.device)
+    if recipe.glare.head_init == "data":
+        fit_head(student, packed.images, recipe, accelerator, patch_size=model.patch_size, normalise=normalise)
     teacher = make_teacher(student)
     optimizer = torch.optim.AdamW(parameter_groups(student, recipe.weight_decay), lr=0.0)
     wrapped, optimizer = accelerator.prepare(student, optimizer)
@@ -142,7 +146,8 @@ def run(given: Mapping[str, Any]) -> Path:
         start, meter.earlier = checkpoint.step, checkpoint.state.get("seconds", math.nan)
 
     # the loop
-    images = to_device(packed.images, accelerator.device)
+    fitting = fits(packed.images.pixels.nbytes, accelerator.device)
+    images = packed.images.to(accelerator.device) if fitting else packed.images
     batches = epoch_batches(len(packed.names), plan.batch_size, seed=recipe.seed, start=start)
     clock = Clock()
     bar = tqdm(total=plan.steps, initial=start, desc="pretrain", disable=not accelerator.is_main_process)
@@ -198,9 +203,11 @@ def resolve(
         **derive_optimisation(steps),
         **derive_model(steps, batch_size, patch_size=patch_size),
     }
+    if asked.adapter not in ANCHORED:
+        derived.pop("anchor", None)
     known = {key: value for key, value in given.items() if value is not None}
     recipe = recipes.from_dict(PretrainRecipe, overlay(derived, known))
-    if recipe.anchor and recipe.adapter not in ("uniadapter", "lora"):
+    if recipe.anchor and recipe.adapter not in ANCHORED:
         raise UserError(
             f"anchor {recipe.anchor} needs the backbone without adapters, which adapter {recipe.adapter!r} changes; "
             "give --adapter uniadapter or lora, or leave anchor out"
@@ -215,19 +222,6 @@ def resolve(
     return recipe, chosen
 
 
-def describe(plan: Plan, packed: Packed, derived: Mapping[str, Any]) -> str:
-    """What is about to happen, for the user: the data, what was skipped and what was chosen."""
-    count, pixels = len(packed.names), packed.images.pixels.nbytes
-    lines = [f"{count} images ({pixels / 2**20:.0f} MiB decoded), {len(packed.skipped)} skipped"]
-    lines += [f"  skipped {name}: {reason}" for name, reason in packed.skipped[:10]]
-    if len(packed.skipped) > 10:
-        lines.append(f"  ... and {len(packed.skipped) - 10} more")
-    lines.append(f"{plan.steps} steps of {plan.batch_size} images = {plan.steps * plan.batch_size / count:.1f} passes")
-    if derived:
-        lines.append("chosen from the data: " + ", ".join(f"{key}={value}" for key, value in derived.items()))
-    return "\n".join(lines)
-
-
 def make_student(model: GlareModel, recipe: PretrainRecipe) -> Student:
     """The adapted backbone with a fresh objective."""
     config = model.config.backbone_config
@@ -237,9 +231,25 @@ def make_student(model: GlareModel, recipe: PretrainRecipe) -> Student:
     return Student(model.backbone, objective, mask_token=mask_token, anchor=recipe.anchor)
 
 
-def to_device(images: PackedImages, device: torch.device) -> PackedImages:
-    """All images on a GPU that has room for them; otherwise they stay, and every batch travels."""
-    return images.to(device) if fits(images.pixels.nbytes, device) else images
+def fit_head(
+    student: Student,
+    images: PackedImages,
+    recipe: PretrainRecipe,
+    accelerator: Accelerator,
+    *,
+    patch_size: int,
+    normalise: Normalisation,
+) -> None:
+    """Fit the fresh head to the run's first images, the same on every process."""
+    count = len(images)
+    index = next(epoch_batches(count, min(count, head_start.IMAGES), seed=recipe.seed))
+    first, generator = subset(images, index).to(accelerator.device), seeded(recipe.seed, 0)
+    views = make_views(
+        first, torch.arange(len(index)), recipe.views, patch_size=patch_size, normalise=normalise, generator=generator
+    )
+    with accelerator.autocast():
+        temperature = Plan.of(recipe).temperature_at(0)
+        head_start.start_head(student, views, temperature=temperature, generator=generator)
 
 
 def cut_views(
@@ -305,29 +315,6 @@ def sum_over_ranks(value: tuple[Tensor, Tensor], accelerator: Accelerator) -> tu
     """A sum and its count, added up over processes."""
     total, count = (accelerator.reduce(part, reduction="sum") for part in value)
     return total, count
-
-
-def measurements(
-    terms: Terms, grad_norm: Tensor, plan: Plan, step: int, clock: Clock, *, log_every: int
-) -> dict[str, float]:
-    """One line of the log: this step's terms and health, and the speed since the last line."""
-    steps = step % log_every + 1
-    return {
-        "loss": terms.total.item(),
-        **{f"loss_{name}": value.item() for name, value in terms.losses.items()},
-        **{name: value.item() for name, value in terms.health.items()},
-        "grad_norm": grad_norm.item(),
-        "learning_rate": plan.learning_rate_at(step),
-        "teacher_momentum": plan.momentum_at(step),
-        "images_per_second": steps * plan.batch_size / clock.elapsed,
-        "data_wait": clock.share("data"),
-    }
-
-
-def progress_text(values: Mapping[str, float]) -> str:
-    """Behind the progress bar."""
-    terms = " ".join(f"{key.removeprefix('loss_')} {value:.2f}" for key, value in values.items() if "loss_" in key)
-    return f"{terms} | {values['images_per_second']:.1f} images/s, {values['data_wait']:.0%} waiting for data"
 
 
 def save(

@@ -87,8 +87,9 @@ def derive_model(steps: int, batch_size: int, *, patch_size: int) -> dict[str, A
     }
     if steps * batch_size <= SMALL_RUN_VISITS:
         derived["views"]["num_local"] = 4
-        derived["glare"] = {"prototypes": 2048, "head_hidden": 512}
+        derived["glare"] = {"prototypes": 512, "head_hidden": 512, "head_init": "data"}
         derived["scale"] = 1.0
+        derived["anchor"] = 1.0
         derived["teacher_temperature"] = (0.04, 0.04)
     return derived
 

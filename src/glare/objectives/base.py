@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from glare.features import Features
+from glare.losses import CENTRE_MOMENTUM
 from glare.views import Views
 
 
@@ -56,7 +57,7 @@ class Objective(nn.Module, ABC):
         """
 
     @abstractmethod
-    def update(self, batch_sums: dict[str, tuple[Tensor, Tensor]]) -> None:
+    def update(self, batch_sums: dict[str, tuple[Tensor, Tensor]], *, momentum: float = CENTRE_MOMENTUM) -> None:
         """Move the centres towards the means of ``Terms.batch_sums``; one without rows stays."""
 
 

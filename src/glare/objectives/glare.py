@@ -27,7 +27,14 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from glare.features import Features
 from glare.geometry import match
-from glare.losses import cross_entropy_rows, cross_view_entropy, masked_mean, teacher_probabilities, update_centre
+from glare.losses import (
+    CENTRE_MOMENTUM,
+    cross_entropy_rows,
+    cross_view_entropy,
+    masked_mean,
+    teacher_probabilities,
+    update_centre,
+)
 from glare.objectives.base import Objective, ProjectionHead, Terms
 from glare.recipes import option
 from glare.regions import RegionConfig, Regions, sample_regions
@@ -47,6 +54,9 @@ class GlareSettings:
     prototypes: int = option(8192, "outputs of the projection head, K")
     head_hidden: int = option(2048, "width of the projection head")
     head_bottleneck: int = option(256, "width of its last layer's input")
+    head_init: str = option(
+        "random", "data: the fresh head is fitted to the first images, for short runs", choices=("random", "data")
+    )
     region_target: str = option(
         "text",
         "what the teacher's cross-attention reads: R' through R, eq. 6 as printed, or all of Z' (UDI)",
@@ -116,10 +126,10 @@ class GlareObjective(Objective):
         """The centre (K,) of one of ``LEVELS``."""
         return self.get_buffer(f"centre_{level}")
 
-    def update(self, batch_sums: dict[str, tuple[Tensor, Tensor]]) -> None:
+    def update(self, batch_sums: dict[str, tuple[Tensor, Tensor]], *, momentum: float = CENTRE_MOMENTUM) -> None:
         """Move each centre towards the mean of this step's teacher logits."""
         for level, (total, rows) in batch_sums.items():
-            moved = update_centre(self.centre(level), total / rows.clamp(min=1))
+            moved = update_centre(self.centre(level), total / rows.clamp(min=1), momentum)
             self.centre(level).copy_(torch.where(rows > 0, moved, self.centre(level)))
 
     def forward(

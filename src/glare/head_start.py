@@ -1,0 +1,49 @@
+"""A fresh projection head fitted to the images before the first step, for runs too short to learn one.
+
+A head drawn at random maps all tokens to nearly the same place, so that for the first dozens of steps the teacher's
+targets say next to nothing about the image. Here the bottleneck is whitened on the first images (mean zero, the same
+variance in all directions, as in data-dependent initialisations; Krähenbühl et al. 2016), and the centres begin at the
+mean logits of these images instead of zero.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from glare.gram import eigh
+from glare.objectives.base import ProjectionHead
+from glare.student import Student
+from glare.views import Views
+
+IMAGES = 32
+FLOOR = 0.01  # of the mean variance, added to that of each direction
+EPS = 1e-12  # variance, for rows that are all the same
+
+
+@torch.no_grad()
+def start_head(student: Student, views: Views, *, temperature: float, generator: torch.Generator) -> None:
+    """Whiten the head's bottleneck on the tokens of clean global views and set the centres to the mean logits.
+
+    Args:
+        student: a backbone with a fresh objective, before the teacher is made from it.
+        views: of the first images.
+        temperature: of the teacher at the first step.
+        generator: of the objective's draws.
+    """
+    features = student.target_features(views)
+    whiten(student.objective.head, torch.cat([features.patches.flatten(0, 2), features.cls.flatten(0, 1)]))
+    terms = student(views, features, target=student, temperature=temperature, generator=generator)
+    student.objective.update(terms.batch_sums, momentum=0.0)
+
+
+@torch.no_grad()
+def whiten(head: ProjectionHead, rows: Tensor) -> None:
+    """Change the last layer of the head's MLP so that its output over ``rows`` (n, dim) is white."""
+    output = head.mlp(rows).double()
+    mean = output.mean(dim=0)
+    values, vectors = eigh((output - mean).T.cpu() @ (output - mean).cpu() / len(output))
+    scale = (values + FLOOR * values.mean() + EPS).rsqrt()
+    transform = ((vectors * scale) @ vectors.T).to(output.device)
+    last = head.mlp[-1]
+    assert isinstance(last, nn.Linear)
+    last.weight.copy_(transform @ last.weight.double())
+    last.bias.copy_(transform @ (last.bias.double() - mean))

@@ -1,0 +1,47 @@
+"""What a pre-training run says: before it begins, in every line of its log, and behind its progress bar."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from glare.data.cache import Packed
+from glare.objectives.base import Terms
+from glare.pretrain_plan import Plan
+from glare.runtime import Clock
+
+
+def describe(plan: Plan, packed: Packed, derived: Mapping[str, Any]) -> str:
+    """What is about to happen, for the user: the data, what was skipped and what was chosen."""
+    count, pixels = len(packed.names), packed.images.pixels.nbytes
+    lines = [f"{count} images ({pixels / 2**20:.0f} MiB decoded), {len(packed.skipped)} skipped"]
+    lines += [f"  skipped {name}: {reason}" for name, reason in packed.skipped[:10]]
+    if len(packed.skipped) > 10:
+        lines.append(f"  ... and {len(packed.skipped) - 10} more")
+    lines.append(f"{plan.steps} steps of {plan.batch_size} images = {plan.steps * plan.batch_size / count:.1f} passes")
+    if derived:
+        lines.append("chosen from the data: " + ", ".join(f"{key}={value}" for key, value in derived.items()))
+    return "\n".join(lines)
+
+
+def measurements(
+    terms: Terms, grad_norm: Tensor, plan: Plan, step: int, clock: Clock, *, log_every: int
+) -> dict[str, float]:
+    """One line of the log: this step's terms and health, and the speed since the last line."""
+    steps = step % log_every + 1
+    return {
+        "loss": terms.total.item(),
+        **{f"loss_{name}": value.item() for name, value in terms.losses.items()},
+        **{name: value.item() for name, value in terms.health.items()},
+        "grad_norm": grad_norm.item(),
+        "learning_rate": plan.learning_rate_at(step),
+        "teacher_momentum": plan.momentum_at(step),
+        "images_per_second": steps * plan.batch_size / clock.elapsed,
+        "data_wait": clock.share("data"),
+    }
+
+
+def progress_text(values: Mapping[str, float]) -> str:
+    """Behind the progress bar."""
+    terms = " ".join(f"{key.removeprefix('loss_')} {value:.2f}" for key, value in values.items() if "loss_" in key)
+    return f"{terms} | {values['images_per_second']:.1f} images/s, {values['data_wait']:.0%} waiting for data"
