@@ -3,11 +3,12 @@
 from pathlib import Path
 
 import pytest
+from accelerate import Accelerator
 
 from glare.finetune import FinetuneRecipe
-from glare.pretrain import PretrainRecipe
+from glare.pretrain import PretrainRecipe, resolve
 from glare.pretrain_plan import Plan
-from glare.recipes import parse
+from glare.recipes import parse, read_yaml
 
 RECIPES = Path(__file__).parents[1] / "training" / "recipes"
 FILES = sorted(RECIPES.rglob("*.yaml"))
@@ -42,3 +43,11 @@ def test_the_teacher_of_the_loveda_run_keeps_nearly_half_of_its_start() -> None:
     recipe = parse(PretrainRecipe, ["--recipe", str(RECIPES / "udi_glare_loveda.yaml"), *PRETRAIN], prog="test")
     values = {name: getattr(recipe, name) for name in Plan.__dataclass_fields__} | {"steps": 400}
     assert Plan(**values).kept_by_teacher() == pytest.approx(0.45, abs=0.01)
+
+
+@pytest.mark.parametrize(("name", "images"), [("dubai", 45), ("camvid", 367)])
+def test_the_measured_settings_are_what_is_derived(name: str, images: int) -> None:
+    written = read_yaml(RECIPES / f"{name}.yaml", PretrainRecipe)
+    sizes = {"num_images": images, "patch_size": 14, "accelerator": Accelerator(cpu=True)}
+    needed = {"backbone": "b", "data": "d", "output": Path("o")}
+    assert resolve(needed, **sizes)[0] == resolve({**needed, **written}, **sizes)[0]

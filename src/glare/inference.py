@@ -28,7 +28,7 @@ from glare.data.sources import BadImage, open_source
 from glare.errors import UserError
 from glare.figures import annotated
 from glare.recipes import option, required
-from glare.run_folder import RunFolder
+from glare.run_folder import RunFolder, atomic_write_png
 from glare.runtime import DEVICES, PRECISIONS, make_accelerator
 from glare.views import Normalisation
 
@@ -150,9 +150,7 @@ def write_prediction(
     indices = Image.fromarray(label)
     indices.putpalette(colours.tobytes())
     for ending, picture in zip(ENDINGS, (indices, annotated(image, label, class_names(model), colours)), strict=True):
-        partial = folder / f".{stem}{ending}.partial"
-        picture.save(partial, format="PNG")
-        partial.replace(folder / f"{stem}{ending}")
+        atomic_write_png(folder / f"{stem}{ending}", picture)
 
 
 def load_segmenter(name: str, *, device: torch.device) -> tuple[PreTrainedModel, Normalisation]:

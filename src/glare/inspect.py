@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from PIL import Image
 from torch import Tensor
 
 from glare import recipes
@@ -26,7 +25,7 @@ from glare.objectives.glare import DIRECTIONS, GlareSettings
 from glare.pretrain import PretrainRecipe, cut_views, resolve
 from glare.recipes import option, required
 from glare.regions import Regions, sample_regions
-from glare.run_folder import atomic_write_json
+from glare.run_folder import atomic_write_json, atomic_write_png
 from glare.runtime import epoch_batches, make_accelerator, seeded
 from glare.views import Normalisation, Views
 
@@ -91,7 +90,8 @@ def run(given: Mapping[str, Any]) -> DataCheck:
         changes=training.views.patch_augmentation,
         lines=headline(training, shown=len(sampled.names), total=len(images), grid=sampled.views.grid),
     )
-    write_picture(picture, recipe.output)
+    recipe.output.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_png(recipe.output, picture)
     print(f"the sheet is in {recipe.output}")
     return check
 
@@ -179,14 +179,3 @@ def check_output(file: Path, extension: str) -> None:
     above = next(folder for folder in file.absolute().parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise UserError(f"the output {file} cannot be made, {above} is no folder one may write to; give another")
-
-
-def write_picture(picture: Image.Image, file: Path) -> None:
-    """Write a PNG so that it is there whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
-    try:
-        picture.save(partial, format="PNG")
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)

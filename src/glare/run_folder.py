@@ -9,12 +9,13 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -186,9 +187,18 @@ def run_folder_of(path: str) -> Path | None:
 
 def atomic_write_text(path: Path, text: str) -> None:
     """Write a file so that it is there whole or as it was before."""
+    _atomic_write(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def atomic_write_png(path: Path, picture: Image.Image) -> None:
+    """Write a picture so that its file is there whole or as it was before."""
+    _atomic_write(path, lambda partial: picture.save(partial, format="PNG"))
+
+
+def _atomic_write(path: Path, write: Callable[[Path], object]) -> None:
     partial = _partial(path)
     try:
-        partial.write_text(text, encoding="utf-8")
+        write(partial)
         _sync(partial)
         partial.replace(path)
     except BaseException:
