@@ -38,7 +38,6 @@ OBJECTIVES = {"glare": GlareObjective}
 """Objective -> its module; its settings are the recipe key of the same name."""
 
 ANCHORED = ("uniadapter", "lora")  # adapters that leave the features without them at hand
-FORGOTTEN = 0.05  # share of its initial weights below which the teacher is the better export
 
 
 @dataclass(frozen=True)
@@ -71,11 +70,7 @@ class PretrainRecipe:
     momentum_end: float | None = option(None, "at the end of its cosine; derived where not given")
     teacher_temperature: tuple[float, float] = option((0.04, 0.07), "at the start, and after its linear ramp")
     temperature_ramp: float = option(0.3, "share of the steps the ramp takes")
-    export: str = option(
-        "auto",
-        "weights to save; auto: the teacher's once it has forgotten its start",
-        choices=("auto", "student", "teacher"),
-    )
+    export: str = option("student", "whose weights to save", choices=("student", "teacher"))
     image_size: int | None = option(
         None,
         "images are kept with at most this short side in px, 0 for native; twice the global views where not given",
@@ -321,9 +316,7 @@ def save(
     model: GlareModel, state: TrainState, recipe: PretrainRecipe, folder: RunFolder, normalise: Normalisation
 ) -> None:
     """Write ``model/`` and, where there are adapters, ``adapter/``; both appear whole or not at all."""
-    forgotten = Plan.of(recipe).kept_by_teacher() < FORGOTTEN
-    which = recipe.export if recipe.export != "auto" else ("teacher" if forgotten else "student")
-    if which == "teacher":
+    if recipe.export == "teacher":
         state.export_teacher()
     model.backbone.set_attn_implementation("sdpa")
     with folder.publish("model") as path:
@@ -333,4 +326,4 @@ def save(
         with folder.publish("adapter") as path:
             model.save_adapter(path, base_model=recipe.backbone)
     write_report(folder)
-    print(f"the {which}'s weights are in {folder.path / 'model'} ({trained_parameters(model):,} parameters trained)")
+    print(f"{recipe.export} weights in {folder.path / 'model'} ({trained_parameters(model):,} parameters trained)")

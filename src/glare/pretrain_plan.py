@@ -4,7 +4,6 @@ The paper's values are made for thousands of images and hundreds of steps at bat
 nothing. These starting points lie *under* whatever the user or a recipe gives, and the job prints those it used.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -49,10 +48,6 @@ class Plan:
         """Of the teacher: linear ramp over the first ``temperature_ramp`` of the steps."""
         start, end = self.teacher_temperature
         return linear(step, steps=round(self.temperature_ramp * self.steps), start=start, end=end)
-
-    def kept_by_teacher(self) -> float:
-        """Share of its initial weights that the teacher still has at the end."""
-        return math.prod(self.momentum_at(step) for step in range(self.steps))
 
 
 def derive_steps(num_images: int, batch_size: int) -> int:
