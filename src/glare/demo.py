@@ -31,6 +31,9 @@ ADAPTATION: dict[str, Any] = {
     "adapter": "uniadapter",
     "steps": 80,
     "batch_size": 16,
+    "learning_rate": 5e-3,
+    "freeze_last_layer_steps": 12,
+    "anchor": 0.0,
     "image_size": 0,
     "views": {
         "num_local": 4,
@@ -39,7 +42,7 @@ ADAPTATION: dict[str, Any] = {
         "global_area": [0.1, 0.5],
         "local_area": [0.03, 0.12],
     },
-    "glare": {"prototypes": 1024, "head_hidden": 512},
+    "glare": {"prototypes": 1024, "head_hidden": 512, "head_init": "random"},
 }
 """Keys of the adaptation's recipe, also in training/recipes/demo.yaml; the rest is derived from the data."""
 
