@@ -23,7 +23,7 @@ from glare.pretrain import PretrainRecipe
 from glare.pretrain_plan import Plan
 
 ROOT = Path(__file__).parents[1]
-SMALL = {
+SMALL: dict[str, Any] = {
     "steps": 4,
     "batch_size": 3,
     "rank": 4,
@@ -219,7 +219,7 @@ def test_an_anchor_holds_the_features(given: Callable[..., dict[str, Any]]) -> N
 def test_short_runs_start_with_a_head_fitted_to_the_images(given: Callable[..., dict[str, Any]]) -> None:
     plain, fitted = (
         pretrain.run(given(init, glare={**SMALL["glare"], "head_init": init})) for init in ("random", "data")
-    )  # type: ignore[dict-item]
+    )
     recipe = recipes.read_yaml(pretrain.run(given("derived")) / "recipe.yaml", PretrainRecipe)
     assert recipe["glare"]["head_init"] == "data" and recipe["anchor"] == 1.0
     informed, uninformed = (
@@ -248,7 +248,7 @@ def test_adapters_go_on_training(given: Callable[..., dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize("augmentation", ["mask", "noise", "rotation", "none"])
 def test_patch_augmentations_run(given: Callable[..., dict[str, Any]], augmentation: str) -> None:
-    views = {**SMALL["views"], "patch_augmentation": augmentation, "patch_sampling": "block", "patch_prob": 1.0}  # type: ignore[dict-item]
+    views = {**SMALL["views"], "patch_augmentation": augmentation, "patch_sampling": "block", "patch_prob": 1.0}
     folder = pretrain.run(given("run", views=views))
     assert all(np.isfinite(line["loss"]) for line in logged(folder))
     assert (logged(folder)[0]["loss_loc1"] == 0) == (augmentation == "none")

@@ -9,7 +9,7 @@ mean logits of these images instead of zero.
 import torch
 from torch import Tensor, nn
 
-from glare.gram import eigh
+from glare.gram import eigh, gram
 from glare.objectives.base import ProjectionHead
 from glare.student import Student
 from glare.views import Views
@@ -40,7 +40,7 @@ def whiten(head: ProjectionHead, rows: Tensor) -> None:
     """Change the last layer of the head's MLP so that its output over ``rows`` (n, dim) is white."""
     output = head.mlp(rows).double()
     mean = output.mean(dim=0)
-    values, vectors = eigh((output - mean).T.cpu() @ (output - mean).cpu() / len(output))
+    values, vectors = eigh(gram([output - mean]).cpu() / len(output))
     scale = (values + FLOOR * values.mean() + EPS).rsqrt()
     transform = ((vectors * scale) @ vectors.T).to(output.device)
     last = head.mlp[-1]

@@ -88,5 +88,5 @@ def masked_mean(values: Tensor, count: Tensor | int) -> Tensor:
 
 
 def update_centre(centre: Tensor, batch_mean: Tensor, momentum: float = CENTRE_MOMENTUM) -> Tensor:
-    """The next centre: 0.9 centre + 0.1 mean of the teacher's raw logits over the batch."""
+    """The next centre: m centre + (1 - m) mean of the teacher's raw logits over the batch, m the momentum."""
     return torch.lerp(batch_mean.float(), centre, momentum)

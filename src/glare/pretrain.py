@@ -196,10 +196,8 @@ def resolve(
         "steps": steps,
         "freeze_last_layer_steps": min(per_epoch, steps // 10),
         **derive_optimisation(steps),
-        **derive_model(steps, batch_size, patch_size=patch_size),
+        **derive_model(steps, batch_size, patch_size=patch_size, anchored=asked.adapter in ANCHORED),
     }
-    if asked.adapter not in ANCHORED:
-        derived.pop("anchor", None)
     known = {key: value for key, value in given.items() if value is not None}
     recipe = recipes.from_dict(PretrainRecipe, overlay(derived, known))
     if recipe.anchor and recipe.adapter not in ANCHORED:

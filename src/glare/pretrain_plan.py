@@ -69,9 +69,10 @@ def derive_optimisation(steps: int) -> dict[str, Any]:
     }
 
 
-def derive_model(steps: int, batch_size: int, *, patch_size: int) -> dict[str, Any]:
-    """The paper's 14 x 14 and 6 x 6 patches a view; for short runs a small head, four local views, adapters unscaled
-    and a teacher that stays sharp: at 0.07 a head that has seen little gives uniform targets.
+def derive_model(steps: int, batch_size: int, *, patch_size: int, anchored: bool) -> dict[str, Any]:
+    """The paper's 14 x 14 and 6 x 6 patches a view; for short runs a small head fitted to the images, four local views,
+    adapters unscaled, an anchor where they can have one (``anchored``), and a teacher that stays sharp: at 0.07 a head
+    that has seen little gives uniform targets.
 
     Images are kept at twice the side of a global view, so that the smallest local views are hardly enlarged.
     """
@@ -83,7 +84,8 @@ def derive_model(steps: int, batch_size: int, *, patch_size: int) -> dict[str, A
         derived["views"]["num_local"] = 4
         derived["glare"] = {"prototypes": 512, "head_hidden": 512, "head_init": "data"}
         derived["scale"] = 1.0
-        derived["anchor"] = 1.0
+        if anchored:
+            derived["anchor"] = 1.0
         derived["teacher_temperature"] = (0.04, 0.04)
     return derived
 
