@@ -10,7 +10,7 @@ from tiny_models import WHOLE_BLOCKS, same_weights, tiny_vit, tokens
 from torch import Tensor
 
 from glare import GlareModel, UniAdapterConfig, UserError, controls
-from glare.controls import find_factor, random_adapters
+from glare.controls import find_factor, patch_tokens, random_adapters
 from glare.uniadapter import default_target_modules
 
 LIKE: dict[str, PeftConfig | None] = {
@@ -25,6 +25,12 @@ LIKE: dict[str, PeftConfig | None] = {
 
 def untouched(family: str = "dinov2") -> GlareModel:
     return GlareModel.from_backbone(tiny_vit(family))
+
+
+def drawn(
+    base: GlareModel, like: PeftConfig | None, images: Tensor, target: float, *, seed: int
+) -> tuple[GlareModel, float]:
+    return random_adapters(base, like, images, patch_tokens(base, images), target, seed=seed)
 
 
 def literal_cosine(model: GlareModel, base: GlareModel, images: Tensor, *, prefix: int) -> float:
@@ -47,7 +53,7 @@ def test_the_cosine_is_reached_in_every_family(
     family: str, target: float, images: Tensor, prefix_tokens: dict[str, int]
 ) -> None:
     base = untouched(family)
-    model, cosine = random_adapters(base, LIKE["uniadapter"], images, target, seed=0)
+    model, cosine = drawn(base, LIKE["uniadapter"], images, target, seed=0)
     assert abs(cosine - target) <= 0.002
     assert literal_cosine(model, base, images, prefix=prefix_tokens[family]) == pytest.approx(cosine, abs=1e-5)
 
@@ -56,7 +62,7 @@ def test_the_cosine_is_reached_in_every_family(
 @pytest.mark.parametrize("target", [0.9999, 0.84])
 def test_the_cosine_is_reached_with_every_kind_of_adapter(kind: str, target: float, images: Tensor) -> None:
     base = untouched()
-    model, cosine = random_adapters(base, LIKE[kind], images, target, seed=1)
+    model, cosine = drawn(base, LIKE[kind], images, target, seed=1)
     assert abs(cosine - target) <= min(0.002, (1 - target) / 10)
     assert literal_cosine(model, base, images, prefix=1) == pytest.approx(cosine, abs=1e-5)
     assert any(in_adapters(name, "lora_B" if kind == "lora" else "uniadapter_up") for name in model.state_dict())
@@ -67,7 +73,7 @@ def test_the_base_and_the_global_draws_are_as_before(kind: str, images: Tensor) 
     base, like = untouched(), LIKE[kind]
     fields = None if like is None else like.to_dict()
     state = torch.get_rng_state()
-    model, _ = random_adapters(base, like, images, 0.8, seed=0)
+    model, _ = drawn(base, like, images, 0.8, seed=0)
     assert torch.equal(torch.get_rng_state(), state)
     assert same_weights(base, untouched()) and base.config.adapter_config is None
     assert (None if like is None else like.to_dict()) == fields
@@ -86,7 +92,7 @@ def test_the_directions_come_from_the_seed(kind: str, images: Tensor) -> None:
     draws = []
     for seed, noise in ((3, 0), (3, 1), (4, 0)):
         torch.manual_seed(noise)
-        draws.append(random_adapters(untouched(), LIKE[kind], images, 0.8, seed=seed)[0])
+        draws.append(drawn(untouched(), LIKE[kind], images, 0.8, seed=seed)[0])
     assert same_weights(draws[0], draws[1])
     other = draws[2].state_dict()
     weights = {n: v for n, v in draws[0].state_dict().items() if in_adapters(n) and n.endswith("weight")}
@@ -97,7 +103,7 @@ def test_the_directions_come_from_the_seed(kind: str, images: Tensor) -> None:
 
 @pytest.mark.parametrize("kind", ["uniadapter", "lora"])
 def test_only_the_up_projections_are_not_those_of_a_fresh_adapter(kind: str, images: Tensor) -> None:
-    near, far = (random_adapters(untouched(), LIKE[kind], images, target, seed=0)[0] for target in (0.99, 0.3))
+    near, far = (drawn(untouched(), LIKE[kind], images, target, seed=0)[0] for target in (0.99, 0.3))
     changed = {name for name, value in near.state_dict().items() if not torch.equal(value, far.state_dict()[name])}
     ups = {name for name in near.state_dict() if in_adapters(name, *controls.UP_PROJECTIONS)}
     assert changed == ups and len(ups) == (6 if kind == "uniadapter" else 3)
@@ -120,14 +126,14 @@ def test_without_a_factor_the_features_are_the_untouched_ones(
     kind: str, images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(controls, "find_factor", lambda cosine_at, _: (0.0, cosine_at(3.0)))
-    model, cosine = random_adapters(untouched(), LIKE[kind], images, 1.0, seed=0)
+    model, cosine = drawn(untouched(), LIKE[kind], images, 1.0, seed=0)
     assert cosine < 0.999
     assert torch.equal(tokens(model, images), tokens(untouched(), images))
 
 
 @pytest.mark.parametrize("target", [1.0, 1.0000001])
 def test_an_adaptation_that_did_nothing_has_a_control_that_does_hardly_more(target: float, images: Tensor) -> None:
-    model, cosine = random_adapters(untouched(), LIKE["uniadapter"], images, target, seed=0)
+    model, cosine = drawn(untouched(), LIKE["uniadapter"], images, target, seed=0)
     assert 1 - cosine <= 1e-5
     assert any(value.any() for name, value in model.state_dict().items() if in_adapters(name, "uniadapter_up"))
 
@@ -135,7 +141,7 @@ def test_an_adaptation_that_did_nothing_has_a_control_that_does_hardly_more(targ
 @pytest.mark.parametrize("kind", ["uniadapter", "whole blocks", "lora"])
 @pytest.mark.parametrize("target", [0.0, -1.0, math.nan])
 def test_a_cosine_out_of_reach_gives_a_model_with_numbers(kind: str, target: float, images: Tensor) -> None:
-    model, cosine = random_adapters(untouched(), LIKE[kind], images, target, seed=0)
+    model, cosine = drawn(untouched(), LIKE[kind], images, target, seed=0)
     assert math.isnan(target) or cosine < 0.2
     assert tokens(model, images).isfinite().all()
 
@@ -143,7 +149,7 @@ def test_a_cosine_out_of_reach_gives_a_model_with_numbers(kind: str, target: flo
 def test_adapters_without_up_projections_are_refused(images: Tensor) -> None:
     names = list(default_target_modules(tiny_vit("dinov2")))
     with pytest.raises(UserError, match=r"IA3Config given.*UniAdapterConfig or LoraConfig"):
-        random_adapters(untouched(), IA3Config(target_modules=names, feedforward_modules=[]), images, 0.8, seed=0)
+        drawn(untouched(), IA3Config(target_modules=names, feedforward_modules=[]), images, 0.8, seed=0)
 
 
 def counted(curve: Callable[[float], float]) -> tuple[Callable[[float], float], list[float]]:

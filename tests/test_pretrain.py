@@ -19,6 +19,7 @@ from transformers import AutoModel, PreTrainedModel
 
 from glare import pretrain, recipes
 from glare.errors import UserError
+from glare.plots import CHART_TITLES, NOT_CURVES
 from glare.pretrain import PretrainRecipe
 from glare.pretrain_plan import Plan
 
@@ -210,6 +211,7 @@ def test_in_the_warm_up_of_the_head_the_adapters_stay(given: Callable[..., dict[
 def test_an_anchor_holds_the_features(given: Callable[..., dict[str, Any]]) -> None:
     free, held = (pretrain.run(given(f"anchor{weight}", anchor=weight, learning_rate=0.05)) for weight in (0.0, 100.0))
     assert "loss_anchor" not in logged(free)[-1]
+    assert set(logged(held)[-1]) - NOT_CURVES - {"step"} <= CHART_TITLES.keys(), "every curve of a report has a title"
     distance = logged(held)[-1]["loss_anchor"] / 100
     assert 0 < distance < 0.1
     with pytest.raises(UserError, match="needs the backbone without adapters"):

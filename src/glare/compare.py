@@ -42,9 +42,11 @@ from glare.verdicts import Measured, confidence_of, probe_result, row_verdict
 from glare.versions import versions
 from glare.views import Normalisation
 
-PATCHES = 28  # on the short side of the images that probes see, as pre-training keeps images
-CALIBRATION = 16  # images, small and square, on which the strength of random adapters is set
-TIMED_PAIRS = 20
+PATCHES = {"linear": 28, "knn": 20, "fpn": 28}
+"""On the short side of the images that probes see: as pre-training keeps them, fewer for the protocol that is quick."""
+
+CALIBRATION, CALIBRATION_PATCHES = 32, 8  # images, and patches on their sides, that set the strength of random adapters
+TIMED_PAIRS = 12
 SEEDS = {"linear": 3, "knn": 1, "fpn": 3}
 CONTROLS = {"linear": 5, "knn": 3, "fpn": 3}
 
@@ -143,7 +145,7 @@ def open_subject(job: Job, number: int, name: str, pool: Pool) -> Subject:
         pool,
         plan,
         patch=job.base.patch_size,
-        short_side=recipe.short_side or PATCHES * job.base.patch_size,
+        short_side=recipe.short_side or PATCHES[recipe.protocol] * job.base.patch_size,
         strict=recipe.strict,
         repeat=recipe.protocol != "linear",
     )
@@ -161,7 +163,7 @@ def make_controls(job: Job, row: Group, subject: Subject, place: int) -> list[Mo
     missing = {number: model for number, model in enumerate(models) if not Path(str(model.path)).exists()}
     if not missing:
         return models
-    images = job.normalised(subject.thumbnails(CALIBRATION, side=PATCHES // 2 * job.base.patch_size))
+    images = job.normalised(subject.thumbnails(CALIBRATION, side=CALIBRATION_PATCHES * job.base.patch_size))
     members = [load(model, job.base).to(job.accelerator.device) for model in row.members]
     with torch.inference_mode(), job.accelerator.autocast():
         reference = patch_tokens(job.base, images)
@@ -171,7 +173,7 @@ def make_controls(job: Job, row: Group, subject: Subject, place: int) -> list[Mo
     for number, model in missing.items():
         with job.accelerator.autocast():
             seed = job.recipe.seed + place * count + number
-            adapted, reached = random_adapters(job.base, like, images, target, seed=seed)
+            adapted, reached = random_adapters(job.base, like, images, reference, target, seed=seed)
         with job.folder.publish(f"controls/{file_name(model)}") as path:
             adapted.save_adapter(path, base_model=job.recipe.base)
         print(f"{model.name}: mean cosine to the untouched features {reached:.3f}, wanted {target:.3f}")

@@ -30,7 +30,7 @@ class CompareRecipe:
     num_images: int | None = option(None, "use this many images of each part at most, drawn with the seed")
     seeds: int | None = option(None, "draws of random folds, or of fine-tunings; 3 where not given, 1 for knn")
     controls: int | None = option(None, "draws of random adapters a row, at least 3; 5 for linear, else 3")
-    short_side: int | None = option(None, "px of the images' short side; 28 patches where not given")
+    short_side: int | None = option(None, "px of the images' short side; 28 patches where not given, 20 for knn")
     head: str = option("fpn", "fpn protocol: head", choices=HEADS)
     steps: int | None = option(None, "fpn protocol: steps of each fine-tuning; derived where not given")
     strict: bool = option(False, "stop at the first unreadable image instead of skipping it")

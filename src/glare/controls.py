@@ -32,7 +32,7 @@ MOST_TRIALS = 16
 
 
 def random_adapters(
-    base: GlareModel, like: PeftConfig | None, images: Tensor, target: float, *, seed: int
+    base: GlareModel, like: PeftConfig | None, images: Tensor, untouched: Tensor, target: float, *, seed: int
 ) -> tuple[GlareModel, float]:
     """A frozen copy of a model with random adapters that turn its patch tokens as far as an adaptation did.
 
@@ -43,6 +43,7 @@ def random_adapters(
         base: the untouched model, without adapters; it stays as it is.
         like: configuration of the adapters, UniAdapter or LoRA; None for UniAdapter with its defaults.
         images: (n, 3, h, w), normalised, on the device of ``base``.
+        untouched: what ``patch_tokens`` gives for ``base`` and ``images``, (n * patches, d).
         target: mean cosine over the patches of ``images``, at most 1.
         seed: of the directions.
 
@@ -61,9 +62,6 @@ def random_adapters(
         with torch.no_grad():
             for up, direction in zip(ups, directions, strict=True):
                 up.copy_(factor * direction)
-
-    set_factor(0.0)
-    untouched = patch_tokens(model, images)
 
     def cosine_at(factor: float) -> float:
         set_factor(factor)

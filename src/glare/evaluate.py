@@ -113,7 +113,7 @@ def confusion(
     bar = tqdm(total=len(indices), desc="evaluate", unit="image", disable=None, leave=False)
     for group in _equal_sizes(read_ahead(data, indices, skipped=skipped, strict=strict)):
         pixels, labels = (torch.from_numpy(np.stack(part)) for part in zip(*group, strict=True))
-        found = logits(model, pixels, normalise=normalise, tiling=tiling).argmax(dim=1)
+        found = logits(model, pixels, normalise=normalise, tiling=tiling).max(dim=1).indices
         total += confusion_matrix(found.cpu(), labels, num_classes=num_classes, ignore_index=data.ignore_index)
         bar.update(len(group))
     bar.close()

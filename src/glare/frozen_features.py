@@ -175,7 +175,8 @@ def by_image(rows: Tensor, grids: Sequence[Grid]) -> tuple[Tensor, ...]:
 def label_map(scores: Tensor, grid: Grid, size: tuple[int, ...]) -> Tensor:
     """Class index (h, w) of the pixels of an image of ``size`` (h, w), from the scores (patches, k) of its patches."""
     coarse = scores.float().T.reshape(1, -1, *grid)
-    return F.interpolate(coarse, size=size, mode="bilinear", align_corners=False)[0].argmax(dim=0)
+    fine = F.interpolate(coarse, size=size, mode="bilinear", align_corners=False)
+    return fine[0].max(dim=0).indices  # on the CPU several times as fast as argmax, which finds the same
 
 
 def pixel_counts(scores: Tensor, grid: Grid, label: NDArray[np.uint8]) -> Tensor:

@@ -254,6 +254,6 @@ def segment(
     labels = []
     for image in images:
         pixels = torch.from_numpy(np.array(image, dtype=np.uint8)).unsqueeze(0)
-        found = logits(model, pixels, normalise=normalise, tiling=tiling).argmax(dim=1)[0]
+        found = logits(model, pixels, normalise=normalise, tiling=tiling).max(dim=1).indices[0]
         labels.append(found.to(torch.uint8).cpu().numpy())
     return labels

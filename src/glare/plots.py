@@ -30,6 +30,7 @@ CHART_TITLES = {
     "loss_loc1": "Loss, local, augmented patches",
     "loc1_per_patch": "Loss, local, by augmented patch",
     "loss_loc2": "Loss, local, across views",
+    "loss_anchor": "Loss, anchor (1 - cosine to the untouched features)",
     "information": "Information in the targets (nats; near 0 for long: none)",
     "teacher_entropy": "Mean entropy of the teacher's targets",
     "marginal_entropy": "Entropy of the teacher's mean target",
