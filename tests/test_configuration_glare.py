@@ -1,9 +1,11 @@
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from peft import LoraConfig
+from tiny_models import tiny_config
 from transformers import AutoConfig
 
 from glare import GlareConfig
@@ -64,3 +66,15 @@ def test_configuration_defaults() -> None:
 def test_bad_configurations_say_what_to_do(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         GlareConfig(**fields)
+
+
+def test_no_folder_of_this_machine_is_written_down(tmp_path: Path) -> None:
+    def written(name: str) -> dict[str, Any]:
+        vit = tiny_config()
+        vit._name_or_path = name
+        GlareConfig(backbone_config=vit).save_pretrained(tmp_path / "saved")
+        backbone: dict[str, Any] = json.loads((tmp_path / "saved" / "config.json").read_text())["backbone_config"]
+        return backbone
+
+    assert "_name_or_path" not in written(str(tmp_path))
+    assert written("facebook/dinov2-small")["_name_or_path"] == "facebook/dinov2-small"

@@ -11,34 +11,17 @@ import pytest
 import torch
 from peft import LoraConfig, PeftConfig
 from safetensors.torch import load_file, save_file
+from strangers import stranger
 from tiny_models import train_a_little
 from transformers import AutoModel, AutoModelForSemanticSegmentation, PreTrainedModel
 
 import glare
 from glare.uniadapter import default_target_modules
 
-# stands at the head of a program: this package cannot be imported, however it is installed
-WITHOUT_GLARE = """
-import sys
-
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "glare":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-sys.meta_path.insert(0, Absent())
-try:
-    import glare
-except ModuleNotFoundError:
-    pass
-else:
-    sys.exit("glare is importable")
-"""
-
-REMOTE_CODE = (
-    WITHOUT_GLARE
-    + """
+REMOTE_CODE = """
+import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -87,9 +70,9 @@ facts["labels"] = sorted({segmenter.config.id2label[i] for i in segmenter.config
 facts["glare"] = sorted(name for name in sys.modules if name.split(".")[0] == "glare")
 
 save_file({name: value.contiguous() for name, value in results.items()}, folder / "results.safetensors")
+facts["installed"] = importlib.util.find_spec("glare") is not None
 (folder / "facts.json").write_text(json.dumps(facts))
 """
-)
 
 LIGHT_IMPORT = """
 import sys
@@ -104,11 +87,13 @@ sys.exit(", ".join(name for name in loaded if name.startswith(heavy)) or 0)
 LABELS = {0: "water", 1: "land", 2: "road"}
 
 
-def run(program: str, *arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(
+    program: str, *arguments: str, cwd: Path, python: str | Path = sys.executable, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Run a program in a fresh interpreter, elsewhere, and return what it printed; fail if it fails."""
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | environment
     result = subprocess.run(
-        [sys.executable, "-c", program, *arguments], cwd=cwd, env=variables, capture_output=True, text=True, check=False
+        [python, "-c", program, *arguments], cwd=cwd, env=variables, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
     return result
@@ -139,7 +124,9 @@ def published(make_vit: Callable[..., PreTrainedModel], images: torch.Tensor, tm
 
 
 def test_remote_code_gives_the_same_bits_where_glare_is_absent(published: Path, images: torch.Tensor) -> None:
-    result = run(REMOTE_CODE, str(published), cwd=published, HF_HOME=str(published / "hf_home"))
+    python = stranger(published / "venv")
+    offline = {"HF_HOME": str(published / "hf_home"), "HF_HUB_OFFLINE": "1"}
+    result = run(REMOTE_CODE, str(published), cwd=published, python=python, **offline)
     facts = json.loads((published / "facts.json").read_text())
     results = load_file(published / "results.safetensors")
 
@@ -157,7 +144,7 @@ def test_remote_code_gives_the_same_bits_where_glare_is_absent(published: Path, 
     assert torch.equal(results["backbone.map"], model.patch_maps(outputs.hidden_states[-1], images))
 
     assert facts["module"].startswith("transformers_modules.")
-    assert facts["glare"] == []
+    assert facts["glare"] == [] and not facts["installed"]
     assert "trust_remote_code=True" in facts["refused"]
     assert facts["labels"] == sorted(LABELS.values())
     assert [facts[f"{name}.problems"] for name in ("model", "segmenter", "lora")] == [[], [], []]

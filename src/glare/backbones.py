@@ -2,74 +2,53 @@
 
 import inspect
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig
 from torch import nn
 from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
-from transformers.utils import cached_file
 
 from glare.errors import UserError
+from glare.model_names import EMBEDDED, explained, place_of
 from glare.modeling_glare import GlareModel, vit_blocks
 from glare.uniadapter import UniAdapterConfig
 from glare.views import Normalisation
 
 ADAPTERS = ("uniadapter", "lora", "full", "norm")
-EMBEDDED = "landcover-vit"
-EMBEDDED_FOLDER = Path(__file__).parent / "assets" / EMBEDDED
+HINT = (
+    "give a folder with config.json and model.safetensors of a ViT, DeiT, DINOv2 or DINOv3, a Hub id of one, or "
+    f"{EMBEDDED!r} for the small ViT of this package"
+)
 
 
 def load_backbone(name: str) -> GlareModel:
     """A ViT as GlareModel, with the adapters it was saved with, if any; float32.
 
-    ``name`` is a folder written by transformers or by a run of this package, a Hub id, ``landcover-vit`` (the small
-    ViT inside this package), or a ``config.json``, which gives a ViT of random weights. Raises UserError for
-    anything else.
+    ``name`` is a folder written by transformers or by a run of this package, a Hub id (``ID@revision`` for one
+    revision), ``landcover-vit`` (the small ViT inside this package), or a ``config.json``, which gives a ViT of random
+    weights. Raises UserError for anything else.
     """
-    folder = resolve_backbone(name)
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        if folder.endswith(".json"):
+    place = place_of(name)
+    with explained(f"backbone {name!r}", HINT):
+        config = AutoConfig.from_pretrained(place.name, trust_remote_code=False, **place.options)
+        if place.name.endswith(".json"):
             model = AutoModel.from_config(config, dtype=torch.float32)
         else:
-            model = AutoModel.from_pretrained(folder, dtype=torch.float32, **_without_pooler(config))
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(_unknown(name, error)) from error
-    if not isinstance(model, GlareModel):
-        try:
+            options = place.safe_options | without_pooler(config)
+            model = AutoModel.from_pretrained(place.name, dtype=torch.float32, **options)
+        if not isinstance(model, GlareModel):
             vit_blocks(model)
-        except ValueError as error:
-            raise UserError(_unknown(name, error)) from error
-        model = GlareModel.from_backbone(model, None)
+            model = GlareModel.from_backbone(model, None)
     model.backbone.name_or_path = name
     return model
 
 
-def resolve_backbone(name: str) -> str:
-    """The folder or Hub id behind ``name``: the embedded ViT, the ``model`` of a run folder, or ``name`` itself."""
-    if name == EMBEDDED:
-        return str(EMBEDDED_FOLDER)
-    folder = Path(name)
-    if (folder / "recipe.yaml").exists() and (folder / "model" / "config.json").exists():
-        return str(folder / "model")
-    return name
-
-
-def _without_pooler(config: PreTrainedConfig) -> dict[str, bool]:
+def without_pooler(config: PreTrainedConfig) -> dict[str, bool]:
     """ViT and DeiT would add a pooler of random weights, and report it as missing from self-supervised checkpoints."""
     model = MODEL_MAPPING.get(type(config), None)
     pools = model is not None and "add_pooling_layer" in inspect.signature(model.__init__).parameters
     return {"add_pooling_layer": False} if pools else {}
-
-
-def _unknown(name: str, error: Exception) -> str:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return (
-        f"backbone {name!r} cannot be loaded ({reason}); give a folder with config.json and model.safetensors of a "
-        f"ViT, DeiT, DINOv2 or DINOv3, a Hub id of one, or {EMBEDDED!r} for the small ViT of this package"
-    )
 
 
 def adapt(model: GlareModel, kind: str, *, rank: int, scale: float, place: str = "attention") -> GlareModel:
@@ -110,18 +89,10 @@ def _adapter_config(backbone: PreTrainedModel, kind: str, *, rank: int, scale: f
 
 def read_normalisation(name: str) -> Normalisation:
     """Mean and standard deviation from the backbone's ``preprocessor_config.json``; ImageNet's where it has none."""
-    path = None
-    if not name.endswith(".json"):
-        path = cached_file(
-            resolve_backbone(name),
-            "preprocessor_config.json",
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            _raise_exceptions_for_gated_repo=False,
-        )
+    path = place_of(name).file("preprocessor_config.json")
     if path is None:
         return Normalisation()
-    settings: dict[str, Any] = json.loads(Path(path).read_text())
+    settings: dict[str, Any] = json.loads(path.read_text())
     if "image_mean" not in settings or "image_std" not in settings:
         return Normalisation()
     return Normalisation(tuple(settings["image_mean"]), tuple(settings["image_std"]))

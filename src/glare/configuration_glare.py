@@ -1,6 +1,7 @@
 """Configuration of GLARE models: a nested ViT, its adapters and a segmentation head."""
 
 import enum
+from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -13,6 +14,10 @@ _AUTO_MAP = {
     "AutoBackbone": "modeling_glare.GlareBackbone",
     "AutoModelForSemanticSegmentation": "modeling_glare.GlareForSemanticSegmentation",
 }
+
+
+FORMAT = 1
+"""What config.json means and how the weights are called; a later version that changes either counts up."""
 
 
 def _as_config(backbone_config: PreTrainedConfig | dict[str, Any] | None) -> PreTrainedConfig:
@@ -46,6 +51,7 @@ class GlareConfig(BackboneConfigMixin, PreTrainedConfig):
     pyramid: rescale the taps by 4, 2, 1 and 1/2 before the FPN, for logits at a quarter of the patch size.
     head_dropout: channel dropout before the classifier, in [0, 1).
     ignore_index: label that enters no loss.
+    format: of the checkpoint, at most the number that this version knows.
 
     Raises ValueError for anything else, and for a patch that is not square.
     """
@@ -62,10 +68,15 @@ class GlareConfig(BackboneConfigMixin, PreTrainedConfig):
     pyramid: bool = False
     head_dropout: float = 0.1
     ignore_index: int = 255
+    format: int = FORMAT
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if self.format > FORMAT:
+            raise ValueError(
+                f"the checkpoint has format {self.format}, this version of glare reads up to {FORMAT}: update glare-ssl"
+            )
         self.backbone_config = _as_config(self.backbone_config)
         if self.adapter_config is not None:
             self.adapter_config = _plain(self.adapter_config)
@@ -82,6 +93,14 @@ class GlareConfig(BackboneConfigMixin, PreTrainedConfig):
             kwargs.pop(derived, None)
         super().__post_init__(**kwargs)
         self.auto_map = dict(_AUTO_MAP)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the base class, without the name of the ViT's folder on this machine; a Hub id stays."""
+        fields: dict[str, Any] = super().to_dict()
+        name = fields["backbone_config"].get("_name_or_path")
+        if name and Path(name).exists():
+            del fields["backbone_config"]["_name_or_path"]
+        return fields
 
     def _validate_fields(self) -> None:
         if self.head not in ("linear", "fpn"):

@@ -18,10 +18,10 @@ import torch
 from PIL import Image
 
 from glare import finetune, pretrain, recipes
-from glare.backbones import EMBEDDED
 from glare.data.labelled import open_labelled
 from glare.figures import colourise, panel
 from glare.inference import load_segmenter, segment
+from glare.model_names import EMBEDDED
 from glare.recipes import option
 from glare.run_folder import RunFolder, atomic_write_json
 

@@ -6,7 +6,8 @@ its keyword arguments down to the attention function, which is registered here a
 a packing (any ordinary forward pass) that function is SDPA.
 
 What the [CLS] token attends to in the last block is computed from that block's query and keys, for the one row
-needed, instead of asking all blocks for their attention maps.
+needed, instead of asking all blocks for their attention maps. A ViT without class token (FLSL, I-JEPA) has the mean of
+its patches in place of [CLS], and in place of its row what a patch receives from all patches on average.
 """
 
 import inspect
@@ -31,7 +32,8 @@ class Features:
     """Features of v views of b images after the final norm.
 
     ``cls`` (v, b, d); ``patches`` (v, b, n, d), row-major; ``attention`` (v, b, heads, n): softmax of the last
-    block's [CLS] query over all tokens, columns of prefix tokens removed, or None where not asked for.
+    block's [CLS] query over all tokens, columns of prefix tokens removed, or None where not asked for. Without class
+    token: mean of the patches, and mean over the queries of all patches.
     """
 
     cls: Tensor
@@ -41,9 +43,10 @@ class Features:
 
 @dataclass
 class _Packing:
-    """How a packed sequence splits, (images, tokens) of each group, and whose [CLS] attention to record."""
+    """How a packed sequence splits, (images, tokens) of each group, and whose attention of which queries to record."""
 
     groups: list[tuple[int, int]]
+    queries: slice
     recorded: nn.Module | None = None
     attention: Tensor | None = None
 
@@ -70,7 +73,10 @@ def encode(
         token = mask_token if number == 0 and mask is not None else None
         with _mask_token(model, token, mask.flatten(0, 1) if mask is not None else None):
             embedded.append(_embed(model, group.flatten(0, 1)))
-    packing = _Packing([(len(tokens), tokens.shape[1]) for tokens in embedded])
+    has_prefix = embedded[0].shape[1] > _num_patches(model, views[0])
+    packing = _Packing(
+        [(len(tokens), tokens.shape[1]) for tokens in embedded], queries=slice(1) if has_prefix else slice(None)
+    )
     if attention:
         packing.recorded = unwrapped(vit_blocks(model)[-1]).get_submodule("attention")
     rotary = _rotary(model, [group.flatten(0, 1) for group in views], packing)
@@ -97,7 +103,8 @@ def _features(tokens: Tensor, *, patches: int, attention: Tensor | None) -> Feat
     """``tokens`` (v, b, prefix + patches, d), ``attention`` (v * b, heads, prefix + patches)."""
     if attention is not None:
         attention = attention[..., -patches:].unflatten(0, tokens.shape[:2])
-    return Features(cls=tokens[:, :, 0], patches=tokens[:, :, -patches:], attention=attention)
+    cls = tokens[:, :, 0] if tokens.shape[2] > patches else tokens.mean(dim=2)
+    return Features(cls=cls, patches=tokens[:, :, -patches:], attention=attention)
 
 
 def _num_patches(model: PreTrainedModel, group: Tensor) -> int:
@@ -168,8 +175,8 @@ def _packed_attention(
         attended = nn.functional.scaled_dot_product_attention(q, k, v, scale=scaling)
         outputs.append(attended.transpose(1, 2).flatten(0, 1))  # (images * tokens, heads, head_dim)
         if number == 0 and module is packing.recorded:
-            logits = (q[:, :, :1].float() * (scaling or q.shape[-1] ** -0.5)) @ k.float().transpose(-1, -2)
-            packing.attention = logits.squeeze(2).softmax(dim=-1)
+            logits = (q[:, :, packing.queries].float() * (scaling or q.shape[-1] ** -0.5)) @ k.float().transpose(-1, -2)
+            packing.attention = logits.softmax(dim=-1).mean(dim=2)
     return torch.cat(outputs).unsqueeze(0), None
 
 

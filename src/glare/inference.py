@@ -21,12 +21,13 @@ from tqdm import tqdm
 from transformers import AutoModelForSemanticSegmentation, PreTrainedModel
 
 from glare import recipes
-from glare.backbones import read_normalisation, resolve_backbone
+from glare.backbones import read_normalisation
 from glare.configuration_glare import GlareConfig
 from glare.data.labelled import distinct_colours
 from glare.data.sources import BadImage, open_source
 from glare.errors import UserError
 from glare.figures import annotated
+from glare.model_names import explained, place_of
 from glare.recipes import option, required
 from glare.run_folder import RunFolder, atomic_write_png
 from glare.runtime import DEVICES, PRECISIONS, make_accelerator
@@ -156,17 +157,13 @@ def write_prediction(
 def load_segmenter(name: str, *, device: torch.device) -> tuple[PreTrainedModel, Normalisation]:
     """A segmentation model, ready to predict, and the normalisation of its input.
 
-    ``name``: a ``model`` folder, the run folder of ``glare finetune`` or a Hub id. Raises UserError for others.
+    ``name``: a ``model`` folder, the run folder of ``glare finetune`` or a Hub id, ``ID@revision`` for one
+    revision. Raises UserError for others.
     """
-    folder = resolve_backbone(name)
-    try:
-        model = AutoModelForSemanticSegmentation.from_pretrained(folder, dtype=torch.float32)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"model {name!r} cannot be loaded ({reason}); give a run folder of glare finetune, its model folder, "
-            "or the Hub id of such a model"
-        ) from error
+    place = place_of(name)
+    hint = "give a run folder of glare finetune, its model folder, or the Hub id of such a model"
+    with explained(f"model {name!r}", hint):
+        model = AutoModelForSemanticSegmentation.from_pretrained(place.name, dtype=torch.float32, **place.safe_options)
     config = model.config
     built = (config.architectures or [type(model).__name__])[0]
     if not isinstance(

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from glare import recipes
-from glare.backbones import EMBEDDED, load_backbone, read_normalisation
+from glare.backbones import load_backbone, read_normalisation
 from glare.data.cache import pack
 from glare.data.sources import Images, open_source
 from glare.data_advice import Needs, advice, describe, to_json
@@ -20,6 +20,7 @@ from glare.errors import UserError
 from glare.features import encode, use_packed_attention
 from glare.geometry import match
 from glare.inspection_sheet import Sampled, sheet
+from glare.model_names import EMBEDDED
 from glare.modeling_glare import GlareModel
 from glare.objectives.glare import DIRECTIONS, GlareSettings
 from glare.pretrain import PretrainRecipe, cut_views, resolve

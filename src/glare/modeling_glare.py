@@ -169,7 +169,8 @@ class GlareModel(GlarePreTrainedModel):
         """Encode images (b, 3, height, width).
 
         `last_hidden_state` (b, prefix + patches, d) is after the final norm, `pooler_output` (b, d) its class
-        token; `hidden_states[0]` is the embedding, `hidden_states[i + 1]` the output of block i, not normed.
+        token, the mean of the patches where there is none; `hidden_states[0]` is the embedding,
+        `hidden_states[i + 1]` the output of block i, not normed.
         Raises ValueError if a side of the images is no multiple of the patch size.
         """
         self.grid_size(pixel_values)
@@ -178,12 +179,31 @@ class GlareModel(GlarePreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         outputs = self.backbone(pixel_values, output_hidden_states=output_hidden_states, **kwargs)
+        tokens = outputs.last_hidden_state
         return BaseModelOutputWithPooling(
-            last_hidden_state=outputs.last_hidden_state,
-            pooler_output=outputs.last_hidden_state[:, 0],
+            last_hidden_state=tokens,
+            pooler_output=tokens[:, 0] if self.num_prefix_tokens(tokens, pixel_values) else tokens.mean(dim=1),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def merge_and_unload(self) -> PreTrainedModel:
+        """Fold the adapters into the weights and return the plain ViT of transformers, which this model then is, too.
+
+        Raises ValueError for adapters that cannot be merged, such as UniAdapter; nothing is changed then.
+        """
+        layers = [
+            (name, module) for name, module in self.backbone.named_modules() if isinstance(module, BaseTunerLayer)
+        ]
+        for _, layer in layers:
+            layer.merge(safe_merge=True)
+        for name, layer in layers:
+            self.backbone.set_submodule(name, layer.get_base_layer(), strict=True)
+        if layers:
+            self.config.adapter_config = None
+            self.backbone._hf_peft_config_loaded = False
+            del self.backbone.peft_config
+        return self.backbone
 
     def save_adapter(self, save_directory: str | os.PathLike[str], *, base_model: str | None = None) -> None:
         """Write the adapters alone as a PEFT adapter folder for the ViT with the Hub id or path `base_model`.

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -16,6 +15,7 @@ from transformers.models.dpt.image_processing_pil_dpt import DPTImageProcessorPi
 from glare.backbones import load_backbone, read_normalisation
 from glare.configuration_glare import GlareConfig
 from glare.errors import UserError
+from glare.model_names import Place, explained, place_of
 from glare.modeling_glare import ADAPTER_NAME, GlareForSemanticSegmentation, GlareModel, final_norm
 from glare.runtime import optimizer_tensors, restore_optimizer
 from glare.views import Normalisation
@@ -28,29 +28,29 @@ UPERNET_TAPS = 3  # at least, its auxiliary head sits on the third
 def load_pretrained(name: str) -> tuple[GlareModel, Normalisation]:
     """What fine-tuning starts from, and the normalisation of its input.
 
-    ``name``: anything that ``load_backbone`` takes, or a PEFT adapter folder that names its base model. Raises
-    UserError for others.
+    ``name``: anything that ``load_backbone`` takes, or a PEFT adapter, folder or Hub id, that names its base model.
+    Raises UserError for others.
     """
-    folder = Path(name)
-    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
-        return _load_adapter(folder)
-    return load_backbone(name), Normalisation() if name.endswith(".json") else read_normalisation(name)
+    place = place_of(name)
+    if place.file("config.json") is None and place.file("adapter_config.json"):
+        return _load_adapter(name, place)
+    return load_backbone(name), read_normalisation(name)
 
 
-def _load_adapter(folder: Path) -> tuple[GlareModel, Normalisation]:
-    config = PeftConfig.from_pretrained(str(folder))
+def _load_adapter(name: str, place: Place) -> tuple[GlareModel, Normalisation]:
+    with explained(f"adapter {name!r}", "give an adapter folder or Hub id as glare pretrain or PEFT writes them"):
+        config = PeftConfig.from_pretrained(place.name, **place.options)
+        weights = load_peft_weights(place.name, **place.options)
     base = config.base_model_name_or_path
     if not base:
         raise UserError(
-            f"the adapter folder {folder} does not say for which model it is; put base_model_name_or_path into its "
+            f"the adapter {name!r} does not say for which model it is; put base_model_name_or_path into its "
             "adapter_config.json, or give the model folder of the run"
         )
     model = GlareModel.from_backbone(load_backbone(base).backbone, config)
-    found = set_peft_model_state_dict(model.backbone, load_peft_weights(str(folder)), adapter_name=ADAPTER_NAME)
+    found = set_peft_model_state_dict(model.backbone, weights, adapter_name=ADAPTER_NAME)
     if found.unexpected_keys:
-        raise UserError(
-            f"the adapter in {folder} does not fit its base model {base!r}; give the model it was trained on"
-        )
+        raise UserError(f"the adapter {name!r} does not fit its base model {base!r}; give the model it was trained on")
     return model, read_normalisation(base)
 
 

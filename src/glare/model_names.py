@@ -1,0 +1,87 @@
+"""What users call a model: the embedded ViT, a folder, a run folder, or a Hub id, perhaps with a revision."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError
+from transformers.utils import cached_file
+
+from glare.errors import UserError
+
+EMBEDDED = "landcover-vit"
+EMBEDDED_FOLDER = Path(__file__).parent / "assets" / EMBEDDED
+
+REFUSED = {
+    401: "the Hub does not accept the token (401); log in with `hf auth login`",
+    403: "the token may not read it (403); ask its owner for access, or use another token",
+    429: "the Hub is busy (429); try again later",
+}
+"""Status of the Hub's answer -> what it means."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a model is: a folder or file, or a Hub id at a ``revision`` (branch, tag or commit; None for main)."""
+
+    name: str
+    revision: str | None = None
+
+    @property
+    def options(self) -> dict[str, str]:
+        """The arguments of ``from_pretrained`` besides the name."""
+        return {} if self.revision is None else {"revision": self.revision}
+
+    @property
+    def safe_options(self) -> dict[str, Any]:
+        """Those of ``from_pretrained`` of a model: safetensors alone, and never code that came with it."""
+        return {**self.options, "use_safetensors": True, "trust_remote_code": False}
+
+    def file(self, name: str) -> Path | None:
+        """A file of the model, fetched from the Hub where it is there; None where there is no such file to be had."""
+        if self.name.endswith(".json"):
+            return None  # a configuration alone
+        try:
+            found = cached_file(self.name, name, **self.options)
+        except (OSError, HFValidationError):
+            return None
+        return None if found is None else Path(found)
+
+
+def place_of(name: str) -> Place:
+    """Where the model is that a user calls ``name``.
+
+    ``landcover-vit`` is the small ViT inside this package, a run folder stands for the ``model`` in it, ``ID@revision``
+    is a revision of a Hub id; anything else is a folder, a file or a Hub id as it is.
+    """
+    if name == EMBEDDED:
+        return Place(str(EMBEDDED_FOLDER))
+    folder = Path(name)
+    if (folder / "recipe.yaml").exists() and (folder / "model" / "config.json").exists():
+        return Place(str(folder / "model"))
+    repository, at, revision = name.partition("@")
+    if at and revision and not folder.exists():
+        return Place(repository, revision)
+    return Place(name)
+
+
+@contextmanager
+def explained(what: str, hint: str) -> Iterator[None]:
+    """Turn what goes wrong while a model is read into a UserError: ``what`` cannot be loaded (why); ``hint``."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise UserError(f"{what} cannot be loaded ({_reason(error)}); {hint}") from error
+
+
+def _reason(error: Exception) -> str:
+    if "Repo id must" in str(error):  # transformers passes this on in errors of several types
+        return "no such folder, and not of the form of a Hub id"
+    cause = error.__cause__
+    if isinstance(cause, HfHubHTTPError) and cause.response.status_code in REFUSED:
+        return REFUSED[cause.response.status_code]
+    reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+    return f"its weights are damaged or cut short: {reason}" if isinstance(error, SafetensorError) else reason
