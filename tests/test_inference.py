@@ -188,7 +188,7 @@ def test_nothing_to_segment_is_an_error(folder: Path, tmp_path: Path) -> None:
 
 def test_an_output_folder_in_use_is_refused(folder: Path, tmp_path: Path) -> None:
     picture(9, 9).save(tmp_path / "good.png")
-    with pytest.raises(UserError, match="is in use; give another --output"):
+    with pytest.raises(UserError, match="is in use; give a new or empty one"):
         predict(PredictRecipe(model=str(folder), output=tmp_path, images=(str(tmp_path / "good.png"),)))
 
 

@@ -53,7 +53,7 @@ def test_check_touches_nothing(tmp_path: Path) -> None:
 
 def test_a_folder_in_use_is_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "picture.png").write_text("mine")
-    for resume, remedy in ((False, "--resume to go on"), (None, "give another --output")):
+    for resume, remedy in ((False, "--resume to go on"), (None, "give a new or empty one")):
         with pytest.raises(UserError, match=f"{tmp_path} is in use.*{remedy}"):
             RunFolder.create(tmp_path, resume=resume)
     with pytest.raises(UserError, match=r"holds no run to --resume \(no recipe.yaml\)"):

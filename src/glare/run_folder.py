@@ -228,7 +228,7 @@ def _sync(path: Path) -> None:
 def _check_used(path: Path, *, resume: bool | None) -> None:
     """Raise UserError for a folder with something in it, unless it is a run to go on with."""
     if not resume:
-        remedy = "give another --output" if resume is None else "give another --output, or --resume to go on with it"
+        remedy = "give a new or empty one" if resume is None else "give another --output, or --resume to go on with it"
         raise UserError(f"the output folder {path} is in use; {remedy}")
     if not (path / "recipe.yaml").exists():
         raise UserError(f"the output folder {path} holds no run to --resume (no recipe.yaml); give another --output")
