@@ -22,7 +22,19 @@ ONE_WAY = (
 )
 """In each row, no module leads to one on its right, however long the way."""
 
-JOBS = {"compare", "comparison_finetuning", "inspect", "pretrain", "finetune", "evaluate", "inference", "demo"}
+JOBS = {
+    "compare",
+    "comparison_finetuning",
+    "convert",
+    "demo",
+    "evaluate",
+    "export",
+    "finetune",
+    "hub",
+    "inference",
+    "inspect",
+    "pretrain",
+}
 TRAVELLING = {"configuration_glare", "modeling_glare", "segmentation_heads", "uniadapter"}
 """The files that are copied into a checkpoint."""
 

@@ -16,7 +16,10 @@ JOBS = {
     "evaluate": ("glare.evaluate:main", "measure a segmentation model on labelled images"),
     "compare": ("glare.compare:main", "did it help: adapted models against the untouched one and random adapters"),
     "inspect": ("glare.inspect:main", "see what a pre-training would see, and check the data"),
+    "convert": ("glare.convert:main", "make a checkpoint of DINO, iBOT, UDI, FLSL, DINOv2 or timm a --backbone"),
     "predict": ("glare.inference:main", "segment images of any size"),
+    "export": ("glare.export:main", "an adapted ViT as a plain checkpoint of transformers"),
+    "push": ("glare.hub:main", "publish a model or adapter on the Hub, with its card"),
 }
 """Job -> its entry point, called with the arguments after the job, and what it does."""
 

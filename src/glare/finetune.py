@@ -27,6 +27,7 @@ from glare.finetune_plan import Plan, make_plan
 from glare.inference import Tiling
 from glare.labelled_crops import TrainingCrops, to_device, training_batch
 from glare.metrics import SegmentationScores
+from glare.model_card import write_card
 from glare.recipes import option, required
 from glare.run_folder import RunFolder, atomic_write_json
 from glare.runtime import (
@@ -184,6 +185,8 @@ def run(recipe: FinetuneRecipe, *, train: LabelledSet | None = None) -> Path:
             folder.log(done, miou=scores.miou, aacc=scores.aacc, macc=scores.macc)
     bar.close()
     finish(job, model, folder)
+    if folder.write:
+        write_card(folder.path)
     accelerator.end_training()
     return folder.path
 

@@ -11,13 +11,14 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from glare import head_start, recipes
+from glare import head_start, recipes, region_attention
 from glare.backbones import ADAPTERS, adapt, load_backbone, read_normalisation
 from glare.crops import PackedImages, fits, subset
 from glare.data.cache import pack
 from glare.data.sources import open_source
 from glare.errors import UserError
 from glare.figures import write_report
+from glare.model_card import write_card
 from glare.modeling_glare import GlareModel
 from glare.objectives.base import Terms
 from glare.objectives.glare import GlareObjective, GlareSettings
@@ -123,6 +124,10 @@ def run(given: Mapping[str, Any]) -> Path:
     torch.manual_seed(recipe.seed)
     model = adapt(model, recipe.adapter, rank=recipe.rank, scale=recipe.scale, place=recipe.adapter_place)
     student = make_student(model, recipe).to(accelerator.device)
+    if isinstance(student.objective, GlareObjective):
+        started = region_attention.start(student.objective.cross_attention, recipe.backbone)
+        if started:
+            accelerator.print(started)
     if recipe.glare.head_init == "data":
         fit_head(student, packed.images, recipe, accelerator, patch_size=model.patch_size, normalise=normalise)
     teacher = make_teacher(student)
@@ -175,6 +180,7 @@ def run(given: Mapping[str, Any]) -> Path:
     if accelerator.is_main_process:
         save(model, state, recipe, folder, normalise)
         meter.write(folder, model, seconds=seconds, steps=plan.steps, images=len(packed.names))
+        write_card(folder.path)
     return folder.path
 
 
