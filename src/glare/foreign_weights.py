@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from glare.errors import UserError
+from glare.errors import UserError, first_line
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")  # a folder is searched for these, in this order
 ROLES = ("teacher", "student")
@@ -67,8 +67,9 @@ def read_checkpoint(file: Path) -> Any:
     except pickle.UnpicklingError as error:
         raise UserError(_refusal(file, error)) from None
     except (SafetensorError, RuntimeError, ValueError, EOFError, KeyError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{file} cannot be read ({reason}); is it a whole checkpoint? Download it again") from None
+        raise UserError(
+            f"{file} cannot be read ({first_line(error)}); is it a whole checkpoint? Download it again"
+        ) from None
 
 
 def _refusal(file: Path, error: pickle.UnpicklingError) -> str:

@@ -10,7 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 from transformers.utils import cached_file
 
-from glare.errors import UserError
+from glare.errors import UserError, first_line
 
 EMBEDDED = "landcover-vit"
 EMBEDDED_FOLDER = Path(__file__).parent / "assets" / EMBEDDED
@@ -83,5 +83,5 @@ def _reason(error: Exception) -> str:
     cause = error.__cause__
     if isinstance(cause, HfHubHTTPError) and cause.response.status_code in REFUSED:
         return REFUSED[cause.response.status_code]
-    reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+    reason = first_line(error).rstrip(".")
     return f"its weights are damaged or cut short: {reason}" if isinstance(error, SafetensorError) else reason

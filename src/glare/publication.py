@@ -12,7 +12,7 @@ from peft import PeftConfig
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModel, AutoModelForSemanticSegmentation
 
-from glare.errors import UserError
+from glare.errors import UserError, first_line
 from glare.lineage import read_json
 from glare.run_folder import run_folder_of
 
@@ -171,7 +171,7 @@ def _check_adapter(staged: Path, source: Path) -> None:
         with safe_open(staged / "adapter_model.safetensors", framework="pt") as file:
             empty = not file.keys()
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise UserError(f"the adapter in {source} cannot be read ({_first_line(error)}); {EXPECTED}") from None
+        raise UserError(f"the adapter in {source} cannot be read ({first_line(error)}); {EXPECTED}") from None
     if empty:
         raise UserError(f"the adapter in {source} has no weights; {EXPECTED}")
 
@@ -188,7 +188,7 @@ def _check_model(publication: Publication, staged: Path) -> None:
         _, found = family.from_pretrained(staged, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(
-            f"the model in {publication.model} cannot be loaded ({_first_line(error)}); {EXPECTED}"
+            f"the model in {publication.model} cannot be loaded ({first_line(error)}); {EXPECTED}"
         ) from None
     wrong = sorted({*found["missing_keys"], *found["unexpected_keys"]})
     if wrong:
@@ -196,7 +196,3 @@ def _check_model(publication: Publication, staged: Path) -> None:
             f"the weights in {publication.model} do not fit its config.json ({len(wrong)} tensors, for example "
             f"{wrong[0]}); {EXPECTED}"
         )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -32,7 +32,8 @@ def load_pretrained(name: str) -> tuple[GlareModel, Normalisation]:
     Raises UserError for others.
     """
     place = place_of(name)
-    if place.file("config.json") is None and place.file("adapter_config.json"):
+    # the adapter's file first: most models have none, and a Hub that cannot be reached is waited for once less
+    if place.file("adapter_config.json") and place.file("config.json") is None:
         return _load_adapter(name, place)
     return load_backbone(name), read_normalisation(name)
 

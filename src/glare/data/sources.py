@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from glare.data.landcover import parse_landcover
-from glare.errors import UserError
+from glare.errors import UserError, first_line
 
 EXTENSIONS = ("jpg", "jpeg", "png", "bmp", "gif", "webp", "tif", "tiff", "ppm", "pgm", "jp2")
 SHARDS = {"parquet": "parquet", "tar": "webdataset"}
@@ -273,10 +273,10 @@ def _open_table(data: str, builder: str, **files: str) -> Images:
     except Exception as error:  # no connection, no such data set, several configurations, a broken file, ...
         if files:
             raise UserError(
-                f"data {data!r} cannot be read ({_first_line(error)}); repair it or write it again"
+                f"data {data!r} cannot be read ({first_line(error)}); repair it or write it again"
             ) from error
         raise UserError(
-            f"data {data!r} is neither an existing path nor a loadable Hub data set ({_first_line(error)}); "
+            f"data {data!r} is neither an existing path nor a loadable Hub data set ({first_line(error)}); "
             "check the spelling and the connection"
         ) from error
     rows = splits["train"] if "train" in splits else max(splits.values(), key=len)
@@ -306,10 +306,6 @@ def _image_column(features: Any, *, data: str) -> str:
             f"data {data!r} has no column of images, only {', '.join(features)}; give a data set with an Image column"
         )
     return "image" if "image" in columns else columns[0]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _refuse(error: OSError) -> None:
