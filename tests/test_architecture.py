@@ -33,6 +33,7 @@ JOBS = {
     "hub",
     "inference",
     "inspect",
+    "model_push",
     "pretrain",
 }
 TRAVELLING = {"configuration_glare", "modeling_glare", "segmentation_heads", "uniadapter"}
@@ -127,7 +128,8 @@ def test_the_adapter_knows_nothing_of_glare() -> None:
 @pytest.mark.parametrize("module", MODULES)
 def test_only_jobs_import_jobs(module: str) -> None:
     if module not in JOBS:
-        assert not direct(module) & JOBS
+        # the package itself gives its models the way to publish themselves
+        assert direct(module) & JOBS == ({"model_push"} if module == "" else set())
     if module != "__main__":
         assert "cli" not in direct(module)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from hub_server import TOKEN, Fault, Hub
 from labelled_samples import write_labelled
 from PIL import Image
@@ -89,13 +90,22 @@ import glare
 from glare import cli
 from transformers import AutoModel, AutoModelForSemanticSegmentation
 
-AutoModel.from_pretrained("vit").push_to_hub("someone/vit")
-AutoModel.from_pretrained("run_2/model").push_to_hub("someone/model")
-AutoModelForSemanticSegmentation.from_pretrained("segment/model").push_to_hub("someone/segmenter")
-
 waits = []
 time.sleep = waits.append
-results = {}
+AutoModel.from_pretrained("vit").push_to_hub("someone/vit")
+AutoModel.from_pretrained("run_1/model").push_to_hub("someone/model")
+segmenter = AutoModelForSemanticSegmentation.from_pretrained("segment/model")
+segmenter.push_to_hub(
+    "someone/segmenter", private=True, tags=["aerial"], commit_message="By hand", base_model="someone/vit",
+    base_license="apache-2.0", data_license="cc-by-nc-sa-4.0",
+)
+segmenter.head.classifier.bias.data += 1
+segmenter.push_to_hub("someone/changed")
+try:
+    segmenter.push_to_hub("someone/refused", token="hf_" + "x" * 34)
+except glare.UserError as error:
+    refused = str(error)
+results = {"by model": refused}
 for name, (token, argv) in json.loads(sys.argv[1]).items():
     waits.clear()
     os.environ["HF_TOKEN"] = token
@@ -105,7 +115,7 @@ for name, (token, argv) in json.loads(sys.argv[1]).items():
     results[name] = {"code": code, "out": out.getvalue(), "err": err.getvalue(), "waits": list(waits)}
 json.dump(results, open("facts.json", "w"))
 """
-"""What transformers pushes, and what ``glare push`` answers; it notes how long it would wait, and does not."""
+"""What models push themselves, and what ``glare push`` answers; it notes how long it would wait, and does not."""
 
 REFUSED = {
     "forbidden": (403, "/repos/create/forbidden", "the token may not write to org/forbidden (403); use one with"),
@@ -268,12 +278,35 @@ def test_nothing_says_where_it_was_made(published: World) -> None:
     assert config["base_model_name_or_path"] == "someone/vit"
 
 
-def test_transformers_pushes_the_same_code_and_weights(published: World) -> None:
-    for ours, theirs in (("org/adapted", "someone/model"), ("org/segment", "someone/segmenter")):
-        own, other = published.hub.files(ours), published.hub.files(theirs)
-        assert {*CODE, "config.json", "model.safetensors", "README.md"} <= other.keys()
-        assert all(own[name] == other[name] for name in CODE)
-        assert json.loads(own["config.json"])["auto_map"] == json.loads(other["config.json"])["auto_map"]
+def front_matter(readme: bytes) -> Any:
+    return yaml.safe_load(readme.decode().split("---\n")[1])
+
+
+def test_a_model_pushes_itself_as_the_command_does(published: World) -> None:
+    hub = published.hub
+    own, other = hub.files("org/segment"), hub.files("someone/segmenter")
+    assert own.keys() - {"report/loss.png"} == other.keys()
+    assert [name for name in other if own[name] != other[name]] == ["README.md"]
+    assert hub.repos["someone/segmenter"].private
+    cards = [front_matter(files["README.md"]) for files in (own, other)]
+    assert cards[1]["tags"] == [*cards[0]["tags"], "aerial"]
+    same = {"license", "base_model", "base_model_relation", "library_name", "pipeline_tag", "metrics"}
+    assert {key: cards[0][key] for key in same} == {key: cards[1][key] for key in same}
+    assert own["README.md"].decode().split("## Results")[1] == other["README.md"].decode().split("## Results")[1]
+    adapted = hub.files("someone/model")
+    assert {*CODE, "preprocessor_config.json", "adapter/adapter_model.safetensors"} <= adapted.keys()
+    assert b"| Data | photos |" in adapted["README.md"]
+
+
+def test_a_changed_model_has_not_the_scores_of_its_run(published: World) -> None:
+    readme = published.hub.files("someone/changed")["README.md"].decode()
+    assert "**This model has not been evaluated**" in readme
+    assert "How it was trained is not known" in readme
+    assert front_matter(readme.encode())["license"] == "unknown"
+
+
+def test_a_model_that_the_hub_refuses_says_so_in_one_sentence(world: World) -> None:
+    assert str(world.pushes["by model"]).startswith("the Hub does not accept the token (401)")
 
 
 def snippets(readme: bytes) -> list[str]:
@@ -298,9 +331,9 @@ with torch.no_grad():
         model = AutoModel.from_pretrained("org/adapted", revision=revision, **trust)
         found[name] = model(images).last_hidden_state
         found |= {name + "." + key: value for key, value in model.state_dict().items()}
-    for name, repo in {"logits": "org/segment", "logits by transformers": "someone/segmenter"}.items():
+    for name, repo in {"logits": "org/segment", "logits by the model": "someone/segmenter"}.items():
         found[name] = AutoModelForSemanticSegmentation.from_pretrained(repo, **trust)(images).logits
-    found["by transformers"] = AutoModel.from_pretrained("someone/model", **trust)(images).last_hidden_state
+    found["by the model"] = AutoModel.from_pretrained("someone/model", **trust)(images).last_hidden_state
     places = {} if remote else {"adapter": ("org/adapter", {}), "inside": ("org/adapted", {"subfolder": "adapter"})}
     for name, (repo, place) in places.items():
         adapted = PeftModel.from_pretrained(AutoModel.from_pretrained("someone/vit"), repo, **place)
@@ -332,9 +365,9 @@ def test_a_stranger_gets_the_same_bits(way: str, published: World) -> None:
         logits = AutoModelForSemanticSegmentation.from_pretrained(folder / "segment" / "model")(images).logits
     assert not torch.equal(*tokens)
     adapters = (["adapter"], ["inside"]) if way == "package" else ([], [])
-    for place, names in enumerate((["first", *adapters[0]], ["main", "second", "by transformers", *adapters[1]])):
+    for place, names in enumerate((["first", "by the model", *adapters[0]], ["main", "second", *adapters[1]])):
         assert [name for name in names if not torch.equal(found[name], tokens[place])] == []
-    assert torch.equal(found["logits"], logits) and torch.equal(found["logits by transformers"], logits)
+    assert torch.equal(found["logits"], logits) and torch.equal(found["logits by the model"], logits)
     for model, name in zip(models, ("first", "second"), strict=True):
         assert all(torch.equal(found[f"{name}.{key}"], value) for key, value in model.state_dict().items())
 

@@ -95,5 +95,5 @@ def test_adapters(tmp_path: Path, images: Tensor) -> None:
 
 
 def test_errors_of_other_kinds_stay_what_they_are() -> None:
-    with pytest.raises(ZeroDivisionError), explained("it", "do something"):
+    with pytest.raises(ZeroDivisionError), explained("model", "it", "do something"):
         _ = 1 / 0

@@ -30,7 +30,7 @@ def load_backbone(name: str) -> GlareModel:
     weights. Raises UserError for anything else.
     """
     place = place_of(name)
-    with explained(f"backbone {name!r}", HINT):
+    with explained("backbone", name, HINT):
         config = AutoConfig.from_pretrained(place.name, trust_remote_code=False, **place.options)
         if place.name.endswith(".json"):
             model = AutoModel.from_config(config, dtype=torch.float32)

@@ -6,7 +6,8 @@ are sent before that; the Hub keeps those that arrived, so the same command goes
 
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from json import JSONDecodeError
@@ -24,9 +25,10 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
 
 from glare import licences, recipes
 from glare.errors import UserError
-from glare.lineage import is_repo_id, offline
+from glare.lineage import LookUp, offline
 from glare.model_card import Facts, Said, card, facts_of, result_files
-from glare.publication import ADAPTER_FILES, MODEL_FILES, WEIGHTS, check, find, stage
+from glare.model_names import is_repo_id
+from glare.publication import ADAPTER_FILES, MODEL_FILES, WEIGHTS, Publication, check, find, stage
 from glare.recipes import option, required
 from glare.report_text import size
 from glare.run_folder import atomic_write_text
@@ -62,6 +64,7 @@ class PushRecipe:
     base_license: str | None = option(None, "of the base model; from its card where not given")
     data_license: str | None = option(None, "of the run's data; from their card where not given")
     license: str | None = option(None, "of these weights; follows from the other two where not given")
+    tags: tuple[str, ...] = option((), "of the card, besides the usual ones")
     dry_run: bool = option(False, "write the card into the folder and list what would go up, without network")
 
     def __post_init__(self) -> None:
@@ -94,20 +97,35 @@ def run(recipe: PushRecipe) -> CommitInfo | None:
     """Publish; the commit, None for a dry run. Raises UserError, OSError where the network or the Hub fails."""
     publication = find(recipe.folder)
     api = HfApi(library_name="glare-ssl")
-    facts = facts_of(publication, recipe.said(), offline if recipe.dry_run else _look_up(api))
-    text = card(facts)
-    with tempfile.TemporaryDirectory(prefix="glare-push-") as name:
-        staged = Path(name)
-        stage(publication, staged, card=text, results=result_files(facts), base=facts.base.hub_id)
-        check(publication, staged)
+    if recipe.dry_run:
+        with prepared(publication, recipe, offline) as (facts, staged):
+            print(describe(facts, staged))
+            atomic_write_text(publication.card, (staged / "README.md").read_text(encoding="utf-8"))
+        print(f"nothing was sent; the card is in {publication.card}")
+        return None
+    with prepared(publication, recipe, _look_up(api)) as (facts, staged):
         print(describe(facts, staged))
-        if recipe.dry_run:
-            atomic_write_text(publication.card, text)
-            print(f"nothing was sent; the card is in {publication.card}")
-            return None
-        commit = upload(api, staged, recipe)
+        message = f"Publish {recipe.folder.absolute().name} with glare push"
+        commit = upload(api, staged, recipe, commit_message=message)
     print(f"published: {commit.commit_url}")
     return commit
+
+
+def publish(api: HfApi, publication: Publication, recipe: PushRecipe, **commit: Any) -> CommitInfo:
+    """Send a publication without a word; ``commit`` are options of ``HfApi.create_commit``. Raises as ``run`` does."""
+    with prepared(publication, recipe, _look_up(api)) as (_, staged):
+        return upload(api, staged, recipe, **commit)
+
+
+@contextmanager
+def prepared(publication: Publication, recipe: PushRecipe, look_up: LookUp) -> Iterator[tuple[Facts, Path]]:
+    """What the card says, and a folder with exactly what goes up, checked."""
+    facts = facts_of(publication, recipe.said(), look_up)
+    with tempfile.TemporaryDirectory(prefix="glare-push-") as name:
+        staged = Path(name)
+        stage(publication, staged, card=card(facts), results=result_files(facts), base=facts.base.hub_id)
+        check(publication, staged)
+        yield facts, staged
 
 
 def describe(facts: Facts, staged: Path) -> str:
@@ -127,8 +145,8 @@ def describe(facts: Facts, staged: Path) -> str:
     return "\n".join(lines)
 
 
-def upload(api: HfApi, staged: Path, recipe: PushRecipe) -> CommitInfo:
-    """Make the repository where there is none, and send all files of ``staged`` as one commit."""
+def upload(api: HfApi, staged: Path, recipe: PushRecipe, **commit: Any) -> CommitInfo:
+    """Make the repository where there is none, and send all files of ``staged`` as one commit with these options."""
     repo_id = recipe.repo_id
 
     def attempt() -> CommitInfo:
@@ -138,13 +156,14 @@ def upload(api: HfApi, staged: Path, recipe: PushRecipe) -> CommitInfo:
         present = {entry.rfilename for entry in info.siblings or []}
         gone = sorted(name for name in present - names if belongs(name))
         additions = [CommitOperationAdd(name, str(staged / name)) for name in sorted(names)]
-        return api.create_commit(
+        sent: CommitInfo = api.create_commit(
             full,
             [*additions, *(CommitOperationDelete(name) for name in gone)],
-            commit_message=f"Publish {Path(recipe.folder.absolute()).name} with glare push",
             revision=recipe.revision,
             parent_commit=info.sha if present else None,
+            **commit,
         )
+        return sent
 
     return with_patience(attempt, recipe)
 
@@ -237,7 +256,7 @@ def sentence(problem: Exception, recipe: PushRecipe) -> str:
     return f"the Hub refused {repo_id} ({status}){f': {said}' if said else ''}; nothing was published"
 
 
-def _look_up(api: HfApi) -> Callable[[str, str], Mapping[str, Any] | None]:
+def _look_up(api: HfApi) -> LookUp:
     """Cards of the Hub; {} for one that cannot be read now, which takes the id for existing."""
 
     def card_of(kind: str, hub_id: str) -> Mapping[str, Any] | None:

@@ -162,7 +162,7 @@ def load_segmenter(name: str, *, device: torch.device) -> tuple[PreTrainedModel,
     """
     place = place_of(name)
     hint = "give a run folder of glare finetune, its model folder, or the Hub id of such a model"
-    with explained(f"model {name!r}", hint):
+    with explained("model", name, hint):
         model = AutoModelForSemanticSegmentation.from_pretrained(place.name, dtype=torch.float32, **place.safe_options)
     config = model.config
     built = (config.architectures or [type(model).__name__])[0]

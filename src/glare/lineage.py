@@ -10,13 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, but not in its __all__
-
 from glare import licences
 from glare.errors import UserError
 from glare.licences import Licence
-from glare.model_names import EMBEDDED
+from glare.model_names import EMBEDDED, is_repo_id
 from glare.price import price
 from glare.report_text import price_text
 from glare.run_folder import run_folder_of
@@ -147,15 +144,6 @@ def origin_of(kind: str, name: str, look_up: LookUp = offline) -> Origin:
             family = licences.of_family(name) if kind == "model" else licences.UNKNOWN
             return Origin(name, name, family if licence.id is None else licence)
     return Origin(public_name(name), None, _local_licence(Path(name).expanduser()))
-
-
-def is_repo_id(name: str) -> bool:
-    """Whether the Hub allows this as the name of a repository, with or without an owner."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
 
 
 def looks_like_hub_id(name: str) -> bool:

@@ -52,6 +52,7 @@ class Said:
     data_license: str | None = None
     license: str | None = None
     comparison: Path | None = None
+    tags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -269,6 +270,7 @@ def metadata(facts: Facts) -> ModelCardData:
     peft_type = str(adapter["peft_type"]).lower() if adapter else None
     data_ids = [data.hub_id for data in facts.data_sets if data.hub_id]
     tags = ["glare", "self-supervised-learning", "domain-adaptation", *([peft_type] if peft_type else [])]
+    tags += [tag for tag in facts.said.tags if tag not in tags]
     evaluated = facts.evaluation is not None
     licence: dict[str, Any] = facts.licence.metadata()
     return ModelCardData(

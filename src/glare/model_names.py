@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, but not in its __all__
 from safetensors import SafetensorError
 from transformers.utils import cached_file
 
@@ -68,17 +69,27 @@ def place_of(name: str) -> Place:
     return Place(name)
 
 
+def is_repo_id(name: str) -> bool:
+    """Whether the Hub allows this as the name of a repository, with or without an owner."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
 @contextmanager
-def explained(what: str, hint: str) -> Iterator[None]:
-    """Turn what goes wrong while a model is read into a UserError: ``what`` cannot be loaded (why); ``hint``."""
+def explained(kind: str, name: str, hint: str) -> Iterator[None]:
+    """Turn what goes wrong while a model is read into a UserError: the ``kind`` of that ``name`` and why; ``hint``."""
     try:
         yield
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise UserError(f"{what} cannot be loaded ({_reason(error)}); {hint}") from error
+        raise UserError(f"{kind} {name!r} cannot be loaded ({_reason(place_of(name), error)}); {hint}") from error
 
 
-def _reason(error: Exception) -> str:
-    if "Repo id must" in str(error):  # transformers passes this on in errors of several types
+def _reason(place: Place, error: Exception) -> str:
+    here = place.name and Path(place.name).exists()
+    if not here and not is_repo_id(place.name):
         return "no such folder, and not of the form of a Hub id"
     cause = error.__cause__
     if isinstance(cause, HfHubHTTPError) and cause.response.status_code in REFUSED:

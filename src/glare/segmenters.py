@@ -39,7 +39,7 @@ def load_pretrained(name: str) -> tuple[GlareModel, Normalisation]:
 
 
 def _load_adapter(name: str, place: Place) -> tuple[GlareModel, Normalisation]:
-    with explained(f"adapter {name!r}", "give an adapter folder or Hub id as glare pretrain or PEFT writes them"):
+    with explained("adapter", name, "give an adapter folder or Hub id as glare pretrain or PEFT writes them"):
         config = PeftConfig.from_pretrained(place.name, **place.options)
         weights = load_peft_weights(place.name, **place.options)
     base = config.base_model_name_or_path
