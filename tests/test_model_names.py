@@ -35,6 +35,20 @@ def test_a_run_folder_is_the_model_in_it(tmp_path: Path) -> None:
     assert place_of(str(tmp_path)) == Place(str(tmp_path / "model"))
 
 
+def test_a_missing_run_is_not_asked_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert place_of("runs/segment") == Place("runs/segment")
+    for run in ("a", "b"):
+        (tmp_path / "runs" / run).mkdir(parents=True)
+        (tmp_path / "runs" / run / "recipe.yaml").touch()
+    with pytest.raises(UserError, match=r"^there is no 'runs/segment'; the runs in 'runs' are a, b$"):
+        load_pretrained("runs/segment")
+    with pytest.raises(UserError, match="there is no 'runs/segment'"):
+        load_segmenter("runs/segment", device=CPU)
+    assert place_of("runs/segment@main") == Place("runs/segment", "main")
+    assert place_of("name") == Place("name")
+
+
 def test_files_of_a_place(tmp_path: Path) -> None:
     (tmp_path / "config.json").touch()
     assert Place(str(tmp_path)).file("config.json") == tmp_path / "config.json"

@@ -56,7 +56,8 @@ def place_of(name: str) -> Place:
     """Where the model is that a user calls ``name``.
 
     ``landcover-vit`` is the small ViT inside this package, a run folder stands for the ``model`` in it, ``ID@revision``
-    is a revision of a Hub id; anything else is a folder, a file or a Hub id as it is.
+    is a revision of a Hub id; anything else is a folder, a file or a Hub id as it is. Raises UserError for a run that
+    is not among the others of its folder, which may have the form of a Hub id, too.
     """
     if name == EMBEDDED:
         return Place(str(EMBEDDED_FOLDER))
@@ -66,7 +67,15 @@ def place_of(name: str) -> Place:
     repository, at, revision = name.partition("@")
     if at and revision and not folder.exists():
         return Place(repository, revision)
+    if not folder.exists():
+        _check_not_a_missing_run(folder)
     return Place(name)
+
+
+def _check_not_a_missing_run(path: Path) -> None:
+    runs = sorted(recipe.parent.name for recipe in path.parent.glob("*/recipe.yaml"))
+    if runs:
+        raise UserError(f"there is no {str(path)!r}; the runs in {str(path.parent)!r} are {', '.join(runs)}")
 
 
 def is_repo_id(name: str) -> bool:
