@@ -270,6 +270,16 @@ def test_the_repository_holds_what_a_stranger_needs_and_no_more(published: World
     assert json.loads(hub.files("org/adapted")["config.json"])["auto_map"]["AutoModel"] == "modeling_glare.GlareModel"
 
 
+def test_the_command_says_how_to_state_a_licence(world: World) -> None:
+    dry = ["glare", "push", "segment", "org/segment", "--dry-run", "--data-license", "cc0-1.0"]
+    told = [line for line in world.run("-m", *dry).stdout.splitlines() if "licence of" in line]
+    assert told == [
+        "the licence of vit is unknown; if you know it: --base-license ID",
+        "the licence of photos is unknown; if you know it: write `license: ID` into the front matter of a README.md "
+        "beside the images",
+    ]
+
+
 def test_nothing_says_where_it_was_made(published: World) -> None:
     for repo in ("org/adapted", "org/adapter", "org/segment"):
         for name, content in published.hub.files(repo).items():

@@ -135,9 +135,11 @@ def describe(facts: Facts, staged: Path) -> str:
     lines.append(f"{len(files)} files, {size(sum(path.stat().st_size for path in files))}")
     if facts.base.hub_id is None and facts.base.licence != licences.OURS:
         lines.append(f"the card names no base model of the Hub ({facts.base.name}); if there is one: --base-model ID")
+    flags = {data.name: "--data-license ID" for _, data in facts.stages[-1:]} | {facts.base.name: "--base-license ID"}
+    by_file = "write `license: ID` into the front matter of a README.md beside the images"
     lines += [
-        f"the licence of {origin.name} is unknown; if you know it: --{kind}-license ID"
-        for kind, origin in (("base", facts.base), *(("data", data) for data in facts.data_sets))
+        f"the licence of {origin.name} is unknown; if you know it: {flags.get(origin.name, by_file)}"
+        for origin in (facts.base, *facts.data_sets)
         if origin.licence.id is None
     ]
     if facts.evaluation is None and facts.publication.kind in ("segmenter", "upernet"):
