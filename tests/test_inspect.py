@@ -31,7 +31,8 @@ from glare.inspection_sheet import (
     with_places,
 )
 from glare.objectives.glare import GlareSettings
-from glare.pretrain import PretrainRecipe, cut_views, resolve
+from glare.pretrain import PretrainRecipe, resolve
+from glare.pretrain_step import cut_views
 from glare.regions import RegionConfig
 from glare.runtime import epoch_batches, make_accelerator
 from glare.views import Normalisation
@@ -180,7 +181,16 @@ def test_the_sheet_shows_the_first_step_of_the_training(
     recipe, _ = resolve({**given, "batch_size": 4}, num_images=5, patch_size=4, accelerator=accelerator)
     packed = pack(open_source(str(data)), short_side=recipe.image_size)
     batch = next(epoch_batches(5, 4, seed=3))
-    views = cut_views(packed.images, batch, recipe, accelerator, step=0, patch_size=4, normalise=Normalisation())
+    views = cut_views(
+        packed.images,
+        batch,
+        recipe.views,
+        accelerator,
+        seed=recipe.seed,
+        step=0,
+        patch_size=4,
+        normalise=Normalisation(),
+    )
     assert sampled.names == [packed.names[i] for i in batch.tolist()]
     assert torch.equal(sampled.views.augmented, views.augmented) and torch.equal(sampled.views.local, views.local)
     assert torch.equal(sampled.views.patch_mask, views.patch_mask)

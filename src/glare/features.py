@@ -22,7 +22,6 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from glare.modeling_glare import final_norm, vit_blocks
-from glare.uniadapter import unwrapped
 
 ATTENTION = "glare_packed"
 
@@ -43,11 +42,11 @@ class Features:
 
 @dataclass
 class _Packing:
-    """How a packed sequence splits, (images, tokens) of each group, and whose attention of which queries to record."""
+    """How a packed sequence splits, (images, tokens) of each group, and the attention of ``queries`` to record."""
 
     groups: list[tuple[int, int]]
     queries: slice
-    recorded: nn.Module | None = None
+    record: bool = False
     attention: Tensor | None = None
 
 
@@ -77,12 +76,13 @@ def encode(
     packing = _Packing(
         [(len(tokens), tokens.shape[1]) for tokens in embedded], queries=slice(1) if has_prefix else slice(None)
     )
-    if attention:
-        packing.recorded = unwrapped(vit_blocks(model)[-1]).get_submodule("attention")
     rotary = _rotary(model, [group.flatten(0, 1) for group in views], packing)
     hidden = torch.cat([tokens.flatten(0, 1) for tokens in embedded]).unsqueeze(0)
-    for block in vit_blocks(model):
+    *blocks, last = vit_blocks(model)
+    for block in blocks:
         hidden = block(hidden, packing=packing, **rotary)
+    packing.record = attention
+    hidden = last(hidden, packing=packing, **rotary)
     split = final_norm(model)(hidden).squeeze(0).split([images * tokens for images, tokens in packing.groups])
     return [
         _features(
@@ -174,7 +174,7 @@ def _packed_attention(
         q, k, v = (x.unflatten(1, packing.groups[number]).transpose(0, 1) for x in parts)
         attended = nn.functional.scaled_dot_product_attention(q, k, v, scale=scaling)
         outputs.append(attended.transpose(1, 2).flatten(0, 1))  # (images * tokens, heads, head_dim)
-        if number == 0 and module is packing.recorded:
+        if number == 0 and packing.record:
             logits = (q[:, :, packing.queries].float() * (scaling or q.shape[-1] ** -0.5)) @ k.float().transpose(-1, -2)
             packing.attention = logits.softmax(dim=-1).mean(dim=2)
     return torch.cat(outputs).unsqueeze(0), None

@@ -23,7 +23,8 @@ from glare.inspection_sheet import Sampled, sheet
 from glare.model_names import EMBEDDED
 from glare.modeling_glare import GlareModel
 from glare.objectives.glare import DIRECTIONS, GlareSettings
-from glare.pretrain import PretrainRecipe, cut_views, resolve
+from glare.pretrain import PretrainRecipe, resolve
+from glare.pretrain_step import cut_views
 from glare.recipes import option, required
 from glare.regions import Regions, sample_regions
 from glare.run_folder import atomic_write_json, atomic_write_png
@@ -116,8 +117,9 @@ def draw(
     views = cut_views(
         packed.images,
         torch.arange(count),
-        recipe,
+        recipe.views,
         accelerator,
+        seed=recipe.seed,
         step=0,
         patch_size=model.patch_size,
         normalise=normalise,

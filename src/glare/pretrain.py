@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
 from tqdm import tqdm
 
 from glare import head_start, recipes, region_attention
@@ -20,19 +19,19 @@ from glare.errors import UserError
 from glare.figures import write_report
 from glare.model_card import write_card
 from glare.modeling_glare import GlareModel
-from glare.objectives.base import Terms
 from glare.objectives.glare import GlareObjective, GlareSettings
 from glare.pretrain_log import describe, measurements, progress_text
 from glare.pretrain_plan import Plan, derive_model, derive_optimisation, derive_steps, overlay
+from glare.pretrain_step import cut_views, train_step
 from glare.price import Meter, trained_parameters
 from glare.recipes import option, required
 from glare.run_folder import RunFolder
 from glare.runtime import DEVICES, PRECISIONS, TRACKERS, Clock, epoch_batches, make_accelerator, seeded
 from glare.segmenters import image_processor
 from glare.student import Student
-from glare.teacher import make_teacher, update_teacher
-from glare.train_state import TrainState, clip_each, parameter_groups
-from glare.views import Normalisation, ViewConfig, Views, make_views
+from glare.teacher import make_teacher
+from glare.train_state import TrainState, parameter_groups
+from glare.views import Normalisation, ViewConfig, make_views
 from glare.yaml_files import flatten
 
 OBJECTIVES = {"glare": GlareObjective}
@@ -156,15 +155,16 @@ def run(given: Mapping[str, Any]) -> Path:
             views = cut_views(
                 images,
                 batch,
-                recipe,
+                recipe.views,
                 accelerator,
+                seed=recipe.seed,
                 step=step,
                 patch_size=model.patch_size,
                 normalise=normalise,
             )
         for group in optimizer.param_groups:
             group["lr"] = plan.learning_rate_at(step)
-        terms, grad_norm = train_step(state, wrapped, views, recipe, accelerator, step=step)
+        terms, grad_norm = train_step(state, wrapped, views, plan, accelerator, step=step, clock=clock)
         bar.update()
         if (step + 1) % recipe.log_every == 0 or step + 1 == plan.steps:
             values = measurements(terms, grad_norm, plan, step, clock, log_every=recipe.log_every)
@@ -249,71 +249,6 @@ def fit_head(
     with accelerator.autocast():
         temperature = Plan.of(recipe).temperature_at(0)
         head_start.start_head(student, views, temperature=temperature, generator=generator)
-
-
-def cut_views(
-    images: PackedImages,
-    batch: Tensor,
-    recipe: PretrainRecipe,
-    accelerator: Accelerator,
-    *,
-    step: int,
-    patch_size: int,
-    normalise: Normalisation,
-) -> Views:
-    """This process's share of a batch, cut and augmented on the device."""
-    rank, world = accelerator.process_index, accelerator.num_processes
-    index = batch.view(world, -1)[rank]
-    if images.pixels.device != accelerator.device:
-        images, index = subset(images, index).to(accelerator.device), torch.arange(len(index))
-    generator = seeded(recipe.seed, step, rank, 0)
-    return make_views(images, index, recipe.views, patch_size=patch_size, normalise=normalise, generator=generator)
-
-
-def train_step(
-    state: "TrainState",
-    wrapped: nn.Module,
-    views: Views,
-    recipe: PretrainRecipe,
-    accelerator: Accelerator,
-    *,
-    step: int,
-) -> tuple[Terms, Tensor]:
-    """One optimizer step, then the teacher and the centres follow. Raises UserError when the loss is not finite."""
-    plan = Plan.of(recipe)
-    with accelerator.autocast():
-        features = state.teacher.target_features(views)
-        terms: Terms = wrapped(
-            views,
-            features,
-            target=state.teacher,
-            temperature=plan.temperature_at(step),
-            generator=seeded(recipe.seed, step, accelerator.process_index, 1),
-        )
-    if not torch.isfinite(terms.total):
-        broken = ", ".join(name for name, value in terms.losses.items() if not torch.isfinite(value))
-        raise UserError(
-            f"the loss became {terms.total.item()} at step {step + 1} (terms: {broken}); lower learning_rate "
-            f"(now {recipe.learning_rate}) or give --precision fp32, and go on from the last checkpoint with --resume"
-        )
-    accelerator.backward(terms.total)
-    accelerator.unscale_gradients(state.optimizer)
-    grad_norm = clip_each([p for p in state.student.parameters() if p.grad is not None], recipe.clip)
-    if step < plan.freeze_last_layer_steps:
-        state.student.objective.head.last_layer.zero_grad()
-    if step < recipe.head_warmup_steps:
-        state.student.backbone.zero_grad()
-    state.optimizer.step()
-    state.optimizer.zero_grad()
-    update_teacher(state.teacher, state.student, plan.momentum_at(step))
-    state.student.objective.update({key: sum_over_ranks(value, accelerator) for key, value in terms.batch_sums.items()})
-    return terms, grad_norm
-
-
-def sum_over_ranks(value: tuple[Tensor, Tensor], accelerator: Accelerator) -> tuple[Tensor, Tensor]:
-    """A sum and its count, added up over processes."""
-    total, count = (accelerator.reduce(part, reduction="sum") for part in value)
-    return total, count
 
 
 def save(

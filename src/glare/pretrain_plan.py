@@ -29,6 +29,9 @@ class Plan:
     teacher_temperature: tuple[float, float]
     temperature_ramp: float
     freeze_last_layer_steps: int
+    head_warmup_steps: int
+    clip: float
+    seed: int
 
     @classmethod
     def of(cls, recipe: Any) -> Self:

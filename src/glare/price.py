@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from glare.comparison import Price
 from glare.intervals import Estimate
 from glare.run_folder import RunFolder, atomic_write_json, run_folder_of
-from glare.runtime import Clock
+from glare.runtime import Clock, finish
 
 FILE = "price.json"
 TAIL, NORMAL = 0.025, 1.96  # of a 95 % interval: probability on each side, half its width in standard errors
@@ -168,14 +168,8 @@ def median_interval(values: list[float]) -> tuple[float, float]:
 
 def _seconds(model: nn.Module, images: Tensor, clock: Callable[[], float]) -> float:
     """Of one forward pass, with all that the device still had to do."""
-    _finish(images.device)
+    finish(images.device)
     start = clock()
     model(images)
-    _finish(images.device)
+    finish(images.device)
     return clock() - start
-
-
-def _finish(device: torch.device) -> None:
-    """Wait until a device has nothing left to do; the CPU computes at once."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)

@@ -1,0 +1,94 @@
+"""One step of pre-training (paper section 4): views, teacher, student, gradients, and what follows from them."""
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from glare.crops import PackedImages, subset
+from glare.errors import UserError
+from glare.objectives.base import Terms
+from glare.pretrain_plan import Plan
+from glare.runtime import Clock, seeded
+from glare.teacher import update_teacher
+from glare.train_state import TrainState, clip_each
+from glare.views import Normalisation, ViewConfig, Views, make_views
+
+
+def cut_views(
+    images: PackedImages,
+    batch: Tensor,
+    config: ViewConfig,
+    accelerator: Accelerator,
+    *,
+    seed: int,
+    step: int,
+    patch_size: int,
+    normalise: Normalisation,
+) -> Views:
+    """This process's share of a batch, cut and augmented on the device."""
+    rank, world = accelerator.process_index, accelerator.num_processes
+    index = batch.view(world, -1)[rank]
+    if images.pixels.device != accelerator.device:
+        images, index = subset(images, index).to(accelerator.device), torch.arange(len(index))
+    generator = seeded(seed, step, rank, 0)
+    return make_views(images, index, config, patch_size=patch_size, normalise=normalise, generator=generator)
+
+
+def train_step(
+    state: TrainState,
+    wrapped: nn.Module,
+    views: Views,
+    plan: Plan,
+    accelerator: Accelerator,
+    *,
+    step: int,
+    clock: Clock,
+) -> tuple[Terms, Tensor]:
+    """One optimizer step, then the teacher and the centres follow. Raises UserError when the loss is not finite.
+
+    ``clock`` gets the parts "teacher", "student" (with heads and losses), "backward" and "update".
+    """
+    with clock.measure("teacher"), accelerator.autocast():
+        features = state.teacher.target_features(views)
+    with clock.measure("student"), accelerator.autocast():
+        terms: Terms = wrapped(
+            views,
+            features,
+            target=state.teacher,
+            temperature=plan.temperature_at(step),
+            generator=seeded(plan.seed, step, accelerator.process_index, 1),
+        )
+        total = terms.total
+    if not torch.isfinite(total):
+        broken = ", ".join(name for name, value in terms.losses.items() if not torch.isfinite(value))
+        raise UserError(
+            f"the loss became {total.item()} at step {step + 1} (terms: {broken}); lower learning_rate "
+            f"(now {plan.learning_rate}) or give --precision fp32, and go on from the last checkpoint with --resume"
+        )
+    with clock.measure("backward"):
+        accelerator.backward(total)
+    with clock.measure("update"):
+        grad_norm = update(state, terms, plan, accelerator, step=step)
+    return terms, grad_norm
+
+
+def update(state: TrainState, terms: Terms, plan: Plan, accelerator: Accelerator, *, step: int) -> Tensor:
+    """What follows from the gradients: student, teacher, centres. Returns the norm of all gradients."""
+    student = state.student
+    accelerator.unscale_gradients(state.optimizer)
+    grad_norm = clip_each([p for p in student.parameters() if p.grad is not None], plan.clip)
+    if step < plan.freeze_last_layer_steps:
+        student.objective.head.last_layer.zero_grad()
+    if step < plan.head_warmup_steps:
+        student.backbone.zero_grad()
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    update_teacher(state.teacher, student, plan.momentum_at(step))
+    student.objective.update({key: sum_over_ranks(value, accelerator) for key, value in terms.batch_sums.items()})
+    return grad_norm
+
+
+def sum_over_ranks(value: tuple[Tensor, Tensor], accelerator: Accelerator) -> tuple[Tensor, Tensor]:
+    """A sum and its count, added up over processes."""
+    total, count = (accelerator.reduce(part, reduction="sum") for part in value)
+    return total, count
