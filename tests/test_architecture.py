@@ -23,6 +23,8 @@ ONE_WAY = (
 """In each row, no module leads to one on its right, however long the way."""
 
 JOBS = {
+    "bench",
+    "bench_ways",
     "compare",
     "comparison_finetuning",
     "convert",

@@ -25,9 +25,11 @@ from glare.plain_step import (
     student_features,
     teacher_features,
 )
-from glare.pretrain import PretrainRecipe, train_step
+from glare.pretrain import PretrainRecipe
+from glare.pretrain_plan import Plan
+from glare.pretrain_step import train_step
 from glare.regions import RegionConfig
-from glare.runtime import make_accelerator, seeded
+from glare.runtime import Clock, make_accelerator, seeded
 from glare.student import Student
 from glare.teacher import averaged_parameters, make_teacher
 from glare.train_state import TrainState, parameter_groups
@@ -205,7 +207,7 @@ def test_whole_steps_lead_to_the_same_weights_averages_and_centres(kind: str, ba
     wrapped, optimizer = accelerator.prepare(student, optimizer)
     state = TrainState(student, teacher, optimizer)
     for step in range(3):
-        own, _ = train_step(state, wrapped, batch, recipe, accelerator, step=step)
+        own, _ = train_step(state, wrapped, batch, Plan.of(recipe), accelerator, step=step, clock=Clock())
         ours = plain_step(
             plain_state, batch, temperature=TEMPERATURE, momentum=0.9, clip=0.3, generator=seeded(0, step, 0, 1)
         )

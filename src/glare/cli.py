@@ -18,6 +18,7 @@ JOBS = {
     "inspect": ("glare.inspect:main", "see what a pre-training would see, and check the data"),
     "convert": ("glare.convert:main", "make a checkpoint of DINO, iBOT, UDI, FLSL, DINOv2 or timm a --backbone"),
     "predict": ("glare.inference:main", "segment images of any size"),
+    "bench": ("glare.bench:main", "images a second on this machine, beside the way of research code"),
     "export": ("glare.export:main", "an adapted ViT as a plain checkpoint of transformers"),
     "push": ("glare.hub:main", "publish a model or adapter on the Hub, with its card"),
 }

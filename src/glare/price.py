@@ -23,6 +23,7 @@ from glare.run_folder import RunFolder, atomic_write_json, run_folder_of
 from glare.runtime import Clock, finish
 
 FILE = "price.json"
+CLEAR_REFS = Path("/proc/self/clear_refs")  # of Linux: 5 sets the peak of the resident set to what it is now
 TAIL, NORMAL = 0.025, 1.96  # of a 95 % interval: probability on each side, half its width in standard errors
 
 
@@ -34,7 +35,7 @@ class Meter:
         self.clock = Clock()
         self.earlier = 0.0
         if accelerator.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(accelerator.device)
+            reset_peak_memory(accelerator.device)
 
     @property
     def seconds(self) -> float:
@@ -67,6 +68,16 @@ def peak_memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+
+
+def reset_peak_memory(device: torch.device) -> int:
+    """Let ``peak_memory_bytes`` begin anew, where the system can; returns the bytes held now."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    if CLEAR_REFS.exists():
+        CLEAR_REFS.write_text("5")
+    return peak_memory_bytes(device)
 
 
 def device_name(device: torch.device) -> str:
