@@ -127,7 +127,7 @@ def test_terms_can_be_left_out(chosen: tuple[str, ...]):
 
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch):
     whole = CASES["batch"]().terms()
-    monkeypatch.setattr(losses, "CHUNK_ROWS", 7)
+    monkeypatch.setattr(losses, "CPU_CHUNK_LOGITS", 7 * K)
     found = CASES["batch"]().terms()
     for name, term in whole.losses.items():
         assert found.losses[name].item() == pytest.approx(term.item(), rel=1e-5)

@@ -6,19 +6,16 @@ on the student. Everything here is float32, whatever autocast says: a temperatur
 bfloat16 25 times.
 """
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 STUDENT_TEMPERATURE = 0.1
 CENTRE_MOMENTUM = 0.9
-CHUNK_ROWS = 1024  # rows whose K logits exist at the same time: 32 MiB at K = 8192
-
-Logits = Callable[[Tensor], Tensor]
-"""The last layer of a projection head: (rows, bottleneck) -> (rows, K) float32."""
+CHUNK_LOGITS, CPU_CHUNK_LOGITS = 2**26, 2**23  # that exist at the same time: 8192 and 1024 rows at K = 8192
 
 
 def teacher_probabilities(logits: Tensor, centre: Tensor, temperature: float) -> Tensor:
@@ -32,38 +29,75 @@ def cross_entropy(student_logits: Tensor, teacher_prob: Tensor) -> Tensor:
     return student.logsumexp(dim=-1) - (teacher_prob * student).sum(dim=-1)
 
 
-def cross_entropy_rows(
+def summed_cross_entropy(
     student: Tensor,
     teacher: Tensor,
+    weight: Tensor,
     *,
-    student_layer: Logits,
-    teacher_layer: Logits,
+    student_prototypes: Tensor,
+    teacher_prototypes: Tensor,
     centre: Tensor,
     temperature: float,
-) -> Tensor:
-    """H of each pair of rows, in chunks: the logits of all rows never exist at once, and backward computes them anew.
+) -> tuple[Tensor, Tensor]:
+    """Weighted sum of H over pairs of rows whose logits never exist at once.
+
+    With logits s = W x of the student, dH/ds = (p_S - p_T) / 0.1 is at hand as soon as H is, so the gradients are
+    summed up chunk by chunk in the forward pass: backward computes no logits anew, and only scales.
 
     Args:
         student: (rows, bottleneck), with gradient.
         teacher: (rows, bottleneck), without.
-        student_layer: student's last layer.
-        teacher_layer: teacher's last layer.
+        weight: (rows,), without gradient.
+        student_prototypes: (K, bottleneck), with gradient.
+        teacher_prototypes: (K, bottleneck), without.
         centre: (K,).
         temperature: of the teacher.
 
     Returns:
-        (rows,) float32.
+        The sum, a scalar, and H of each row (rows,) without gradient; float32.
     """
+    with torch.autocast(student.device.type, enabled=False):
+        total, entropy = _SummedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+            student.float() / STUDENT_TEMPERATURE,
+            student_prototypes.float(),
+            teacher.detach().float() / temperature,
+            teacher_prototypes.detach().float(),
+            -centre / temperature,
+            weight.float(),
+        )
+    return total, entropy
 
-    def chunk(student_rows: Tensor, teacher_rows: Tensor) -> Tensor:
-        with torch.no_grad():
-            target = teacher_probabilities(teacher_layer(teacher_rows), centre, temperature)
-        return cross_entropy(student_layer(student_rows), target)
 
-    pairs = list(zip(student.split(CHUNK_ROWS), teacher.split(CHUNK_ROWS), strict=True))
-    if len(pairs) == 1:
-        return chunk(*pairs[0])
-    return torch.cat([checkpoint(chunk, *pair, use_reentrant=False) for pair in pairs])
+class _SummedCrossEntropy(torch.autograd.Function):
+    """``summed_cross_entropy`` of rows that are divided by their temperatures."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, student: Tensor, prototypes: Tensor, teacher: Tensor, targets: Tensor, offset: Tensor, weight: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        wanted = any(ctx.needs_input_grad)
+        entropy = student.new_empty(len(student))
+        rows_gradient, gradient = torch.zeros_like(student), torch.zeros_like(prototypes)
+        logits = CPU_CHUNK_LOGITS if student.device.type == "cpu" else CHUNK_LOGITS
+        chunk = max(1, logits // len(prototypes))
+        for rows in (slice(first, first + chunk) for first in range(0, len(student), chunk)):
+            prob = torch.addmm(offset, teacher[rows], targets.T).softmax(dim=-1)
+            log_prob = (student[rows] @ prototypes.T).log_softmax(dim=-1)
+            entropy[rows] = -torch.linalg.vecdot(prob, log_prob)
+            if wanted:
+                difference = log_prob.exp_().sub_(prob)
+                scale = weight[rows].unsqueeze(1)
+                rows_gradient[rows] = (difference @ prototypes).mul_(scale)
+                gradient.addmm_(difference.T, student[rows] * scale)
+        ctx.save_for_backward(rows_gradient, gradient)
+        ctx.mark_non_differentiable(entropy)
+        return entropy @ weight, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, _entropy: Tensor) -> tuple[Tensor | None, ...]:
+        rows_gradient, gradient = ctx.saved_tensors
+        return upstream * rows_gradient, upstream * gradient, None, None, None, None
 
 
 def cross_view_entropy(student_logits: Tensor, teacher_prob: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Attention-aware regions: where they start and which patches they hold (paper section 4.2, "region sampling")."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -39,6 +40,11 @@ class Regions:
     valid: Tensor
     match_index: Tensor
     matched: Tensor
+
+
+def joined(parts: Sequence[Regions]) -> Regions:
+    """Regions of several sets of views as those of one set, one after another."""
+    return Regions(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Regions)))
 
 
 def sample_regions(

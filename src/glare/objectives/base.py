@@ -98,6 +98,10 @@ class Prototypes(nn.Module):
         self.weight_g = nn.Parameter(torch.ones(count, 1))
         self.weight_v = nn.Parameter(nn.init.trunc_normal_(torch.empty(count, dim), std=0.02))
 
+    def matrix(self) -> Tensor:
+        """The rows (count, dim)."""
+        return self.weight_g * nn.functional.normalize(self.weight_v, dim=-1)
+
     def forward(self, rows: Tensor) -> Tensor:
         """(..., dim) -> (..., count)."""
-        return nn.functional.linear(rows, self.weight_g * nn.functional.normalize(self.weight_v, dim=-1))
+        return nn.functional.linear(rows, self.matrix())

@@ -29,15 +29,15 @@ from glare.features import Features
 from glare.geometry import match
 from glare.losses import (
     CENTRE_MOMENTUM,
-    cross_entropy_rows,
     cross_view_entropy,
     masked_mean,
+    summed_cross_entropy,
     teacher_probabilities,
     update_centre,
 )
 from glare.objectives.base import Objective, ProjectionHead, Terms
 from glare.recipes import option
-from glare.regions import RegionConfig, Regions, sample_regions
+from glare.regions import RegionConfig, Regions, joined, sample_regions
 from glare.views import Views
 
 LEVELS = ("cls", "region", "patch")
@@ -149,11 +149,26 @@ class GlareObjective(Objective):
             terms["glob"] = step.global_term()
         if "reg" in self.config.terms:
             terms["reg"] = step.regional_term(generator)
+        pairs = {}
         if "loc1" in self.config.terms:
-            terms["loc1"] = step.augmented_patch_term()
+            pairs["loc1"] = step.augmented_pairs()
         if "loc2" in self.config.terms:
-            terms["loc2"] = step.cross_view_patch_term()
+            pairs["loc2"] = step.corresponding_pairs()
+        if pairs:
+            terms |= step.local_terms(pairs)
         return Terms(terms, step.batch_sums, step.health)
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Pairs of patches whose cross-entropy enters a term: rows of flattened student and teacher patches, and weights.
+
+    All are (pairs,); the weights make the weighted sum of H the term.
+    """
+
+    student: Tensor
+    teacher: Tensor
+    weight: Tensor
 
 
 class _Step:
@@ -177,7 +192,9 @@ class _Step:
         ]
         self.batch_sums: dict[str, tuple[Tensor, Tensor]] = {}
         self.health = {"matched_share": torch.stack([valid for _, valid in self.matches]).float().mean()}
-        self._teacher_patches: Tensor | None = None
+        self.prototypes = objective.head.last_layer.matrix()
+        with torch.no_grad():
+            self.target_prototypes = target.head.last_layer.matrix()
 
     def global_term(self) -> Tensor:
         """L_glob, eq. 4: the [CLS] token of every student view against that of the other global views."""
@@ -193,91 +210,110 @@ class _Step:
         self.health["marginal_entropy"] = torch.special.entr(marginal).sum()
         return cross_view_entropy(logits, prob)
 
-    def augmented_patch_term(self) -> Tensor:
+    def augmented_pairs(self) -> _Pairs:
         """L_loc1, eq. 8: augmented patches of the student against the same, clean patches of the teacher."""
         mask = self.views.patch_mask
-        entropy = self._patch_entropy(self.student.patches[mask], self.teacher_patches[mask])
-        weight = 1 / mask.sum(dim=-1, keepdim=True).clamp(min=1).expand_as(mask)[mask].float()
-        self.health["loc1_per_patch"] = masked_mean(entropy.detach(), mask.sum())
-        return masked_mean(entropy * weight, mask.shape[0] * mask.shape[1])
+        weight = 1 / mask.sum(dim=-1, keepdim=True).clamp(min=1).expand_as(mask)[mask]
+        patches = mask.flatten().nonzero().squeeze(1)
+        return _Pairs(patches, patches, weight / (mask.shape[0] * mask.shape[1]))
 
-    def cross_view_patch_term(self) -> Tensor:
+    def corresponding_pairs(self) -> _Pairs:
         """L_loc2, eq. 9: every patch of a student view against the corresponding patch of the other teacher view."""
-        terms = [
-            self._corresponding(self.student.patches[a], b, found)
-            for (a, b), found in zip(DIRECTIONS, self.matches, strict=True)
-        ]
+        found = [(a, b, *pair) for (a, b), pair in zip(DIRECTIONS, self.matches, strict=True)]
         if self.objective.config.local_queries:
             views, least = self.views, self.objective.config.min_overlap
             for a, b in product(range(len(views.local)), range(len(views.global_))):
                 crops = views.local_crops[a], views.global_crops[b]
-                found = match(*crops, views.local_grid, views.grid, min_iou=least)
-                terms.append(self._corresponding(self.local.patches[a], b, found))
-        return torch.stack(terms).mean()
+                pair = match(*crops, views.local_grid, views.grid, min_iou=least)
+                found.append((len(views.global_) + a, b, *pair))
+        pairs = [self._corresponding(*one) for one in found]
+        return _Pairs(
+            torch.cat([pair.student for pair in pairs]),
+            torch.cat([pair.teacher for pair in pairs]),
+            torch.cat([pair.weight for pair in pairs]) / len(pairs),
+        )
 
-    def _corresponding(self, student: Tensor, view: int, found: tuple[Tensor, Tensor]) -> Tensor:
-        """Mean of H over the patches (b, n, d) of one student view that have a match in a teacher view."""
-        index, valid = found
-        image, _ = valid.nonzero(as_tuple=True)
-        entropy = self._patch_entropy(student[valid], self.teacher_patches[view][image, index[valid]])
-        return masked_mean(entropy, valid.sum())
+    def _corresponding(self, view: int, target: int, index: Tensor, valid: Tensor) -> _Pairs:
+        """The patches (b, n) of one student view, local views after global ones, that have a match in a teacher view.
+
+        The weights make a mean.
+        """
+        (b, n), targets = valid.shape, self.teacher.patches.shape[2]
+        globals_ = len(self.views.global_)
+        before = b * (min(view, globals_) * targets + max(view - globals_, 0) * n)
+        image, patch = valid.nonzero(as_tuple=True)
+        weight = (1 / valid.sum().clamp(min=1)).expand(len(image))
+        return _Pairs(before + image * n + patch, (target * b + image) * targets + index[valid], weight)
+
+    def local_terms(self, pairs: dict[str, _Pairs]) -> dict[str, Tensor]:
+        """L_loc1 and L_loc2 by name: the student's head runs once on every patch that either needs."""
+        views = [self.student, self.local] if self.objective.config.local_queries else [self.student]
+        patches = torch.cat([features.patches.flatten(0, 2) for features in views])
+        with torch.no_grad():
+            targets = self.target.head(self.teacher.patches).flatten(0, 2)
+            self._add_up("patch", targets)
+        rows, places = _once(patches, [pair.student for pair in pairs.values()])
+        bottleneck = self.objective.head(rows)
+        terms = {}
+        for (name, pair), place in zip(pairs.items(), places, strict=True):
+            student = bottleneck.index_select(0, place)
+            terms[name], entropy = self._entropy(student, targets[pair.teacher], pair.weight, level="patch")
+            if name == "loc1":
+                self.health["loc1_per_patch"] = masked_mean(entropy, len(entropy))
+        return terms
 
     def regional_term(self, generator: torch.Generator) -> Tensor:
         """L_reg, eq. 7: region patches in the context of their view against what R' holds for them."""
         config, attention = self.objective.config, self.teacher.attention
         if attention is None:
             raise ValueError("the regional term needs Features.attention of the teacher")
-        pairs = []
-        for (a, b), found in zip(DIRECTIONS, self.matches, strict=True):
-            regions = sample_regions(attention[a], found, self.views.grid, config.regions, generator=generator)
-            pairs.append(self._regional_pairs(self.student.patches[a], self.teacher.patches[b], regions))
-        self._add_up("region", torch.cat([teacher for _, teacher in pairs]))
-        terms = [masked_mean(self._entropy(s, t, level="region"), len(s)) for s, t in pairs]
-        return torch.stack(terms).mean()
-
-    def _regional_pairs(self, student: Tensor, teacher: Tensor, regions: Regions) -> tuple[Tensor, Tensor]:
-        """Bottleneck rows of the matched region patches: student's and teacher's, (rows, bottleneck) each."""
-        objective, target, (b, m, size) = self.objective, self.target, regions.index.shape
-        query = _take(student, regions.index.flatten(1))
-        context = objective.cross_attention(query, student)
+        drawn = [
+            sample_regions(attention[a], found, self.views.grid, config.regions, generator=generator)
+            for (a, _), found in zip(DIRECTIONS, self.matches, strict=True)
+        ]
+        counts = torch.stack([regions.matched.sum() for regions in drawn])
+        regions = joined(drawn)  # of both directions, view-major as the patches of the student
+        patches = self.student.patches.flatten(0, 1)
         with torch.no_grad():
+            teacher = self.teacher.patches[[b for _, b in DIRECTIONS]].flatten(0, 1)
             read = _read_target(
-                target.cross_attention,
-                query.detach(),
-                student.detach(),
-                teacher,
-                regions,
-                how=objective.config.region_target,
+                self.target.cross_attention, patches.detach(), teacher, regions, how=config.region_target
             )
-            target_rows = target.head(read.view(b, m, size, -1)[regions.matched])
-        return objective.head(context.view(b, m, size, -1)[regions.matched]), target_rows
-
-    @property
-    def teacher_patches(self) -> Tensor:
-        """Bottleneck of all teacher patches (2, b, n, bottleneck), shared by both local terms and their centre."""
-        if self._teacher_patches is None:
-            with torch.no_grad():
-                self._teacher_patches = self.target.head(self.teacher.patches)
-            self._add_up("patch", self._teacher_patches.flatten(0, 2))
-        return self._teacher_patches
+            targets = self.target.head(read[regions.matched])
+            self._add_up("region", targets)
+        image, _, _ = regions.matched.nonzero(as_tuple=True)
+        place = image * patches.shape[1] + regions.index[regions.matched]
+        # regions overlap: what a patch reads from its whole view is the same in each of them
+        rows, (where,) = _once(self.objective.cross_attention(patches, patches).flatten(0, 1), [place])
+        student = self.objective.head(rows).index_select(0, where)
+        direction = image // self.student.patches.shape[1]
+        weight = 1 / (counts.clamp(min=1) * len(DIRECTIONS))[direction]
+        return self._entropy(student, targets, weight, level="region")[0]
 
     @torch.no_grad()
     def _add_up(self, level: str, rows: Tensor) -> None:
         """Sum of the teacher's logits of bottleneck ``rows``: the last layer is linear, so the logits of their sum."""
         self.batch_sums[level] = self.target.head.prototypes(rows.sum(dim=0)), rows.new_tensor(len(rows))
 
-    def _patch_entropy(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return self._entropy(self.objective.head(student), teacher, level="patch")
-
-    def _entropy(self, student: Tensor, teacher: Tensor, *, level: str) -> Tensor:
-        return cross_entropy_rows(
+    def _entropy(self, student: Tensor, teacher: Tensor, weight: Tensor, *, level: str) -> tuple[Tensor, Tensor]:
+        return summed_cross_entropy(
             student,
             teacher,
-            student_layer=self.objective.head.prototypes,
-            teacher_layer=self.target.head.prototypes,
+            weight,
+            student_prototypes=self.prototypes,
+            teacher_prototypes=self.target_prototypes,
             centre=self.objective.centre(level),
             temperature=self.temperature,
         )
+
+
+def _once(rows: Tensor, wanted: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Those of ``rows`` (n, d) that any of the indices ``wanted`` names, each once, and the indices into them."""
+    needed = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+    for index in wanted:
+        needed[index] = True
+    place = needed.cumsum(0) - 1
+    return rows[needed], [place[index] for index in wanted]
 
 
 def _take(patches: Tensor, index: Tensor) -> Tensor:
@@ -286,23 +322,21 @@ def _take(patches: Tensor, index: Tensor) -> Tensor:
 
 
 def _read_target(
-    cross_attention: CrossAttention, query: Tensor, student: Tensor, teacher: Tensor, regions: Regions, *, how: str
+    cross_attention: CrossAttention, student: Tensor, teacher: Tensor, regions: Regions, *, how: str
 ) -> Tensor:
-    """The teacher's side of eq. 6 in one of its three readings, for region queries (b, m * l, d)."""
-    m = regions.index.shape[1]
+    """The teacher's side of eq. 6 in one of its three readings, for patches (b, n, d): (b, m, l, d)."""
+    b, m, size = regions.index.shape
+    query = _take(student, regions.index.flatten(1))
     matched = _take(teacher, regions.match_index.flatten(1))  # R', or patch 0 where there is no match
-    if how == "udi":
-        udi: Tensor = cross_attention(matched, teacher)
-        return udi
 
     def by_region(rows: Tensor) -> Tensor:
-        split: Tensor = rows.unflatten(1, (m, -1)).flatten(0, 1)
-        return split
+        return rows.view(b * m, size, -1)
 
-    if how == "text":
+    if how == "udi":
+        read = cross_attention(matched, teacher)
+    elif how == "text":
         read = cross_attention(by_region(query), by_region(matched), regions.matched.flatten(0, 1))
     else:
-        region = by_region(_take(student, regions.index.flatten(1)))
-        read = cross_attention(by_region(matched), region, regions.valid.flatten(0, 1))
-    whole: Tensor = read.unflatten(0, (-1, m)).flatten(1, 2)
+        read = cross_attention(by_region(matched), by_region(query), regions.valid.flatten(0, 1))
+    whole: Tensor = read.view(b, m, size, -1)
     return whole
