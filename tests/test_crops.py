@@ -7,7 +7,7 @@ from reference.correspondence import Box
 from reference.resample import crop_and_resize, crop_labels
 
 from glare import crops
-from glare.crops import PackedImages, cut, cut_labels, subset
+from glare.crops import PackedImages, _filtered, cut, cut_labels, subset
 from glare.geometry import Crop, random_resized_crops
 
 PILLOW_TOLERANCE = 2 / 255  # what is promised; rounding between Pillow's two passes costs about a seventh of it
@@ -29,8 +29,13 @@ def pillow(image: np.ndarray, box: Box, size: tuple[int, int]) -> torch.Tensor:
     return torch.from_numpy(np.array(result)).permute(2, 0, 1).float() / 255
 
 
-def one(image: np.ndarray, box: Box, size: tuple[int, int]) -> torch.Tensor:
-    return cut(packed([image]), torch.tensor([0]), crop_of([box], [(image.shape[1], image.shape[0])]), size=size)[0]
+WAYS = {"whole-pixels": cut, "any-crop": _filtered}
+"""On the CPU crops of whole pixels take a way of their own; the other one takes all crops."""
+
+
+def one(image: np.ndarray, box: Box, size: tuple[int, int], way: str = "any-crop") -> torch.Tensor:
+    crop = crop_of([box], [(image.shape[1], image.shape[0])])
+    return WAYS[way](packed([image]), torch.tensor([0]), crop, size=size)[0]
 
 
 CASES = [
@@ -51,15 +56,44 @@ CASES = [
 
 @pytest.mark.parametrize(("image_size", "box", "size"), CASES)
 @pytest.mark.parametrize("make", [noise_image, smooth_image])
-def test_a_crop_is_pillows(make, image_size: tuple[int, int], box: Box, size: tuple[int, int]):
+@pytest.mark.parametrize("way", WAYS)
+def test_a_crop_is_pillows(way: str, make, image_size: tuple[int, int], box: Box, size: tuple[int, int]):
     image = make(*image_size, 0)
-    found, expected = one(image, box, size), pillow(image, box, size)
+    found, expected = one(image, box, size, way), pillow(image, box, size)
     assert found.shape == expected.shape and found.dtype == torch.float32
     assert (found - expected).abs().mean() <= PILLOW_TOLERANCE / 4
-    assert (found - expected).abs().max() <= 1.5 / 255
+    assert (found - expected).abs().max() <= (2.01 if way == "whole-pixels" else 1.5) / 255
 
 
-def test_random_crops_of_many_images_are_pillows():
+def test_the_way_of_whole_pixels(monkeypatch: pytest.MonkeyPatch):
+    """It is taken for crops of whole pixels inside their images, and for no others."""
+    image, taken = noise_image(20, 16, 0), []
+    real = crops._resized
+    monkeypatch.setattr(crops, "_resized", lambda *args, **kwargs: taken.append(1) or real(*args, **kwargs))
+    for box, expected in (
+        (Box(3, 2, 12, 9, True), 1),
+        (Box(0, 0, 20, 16, False), 1),
+        (Box(3.3, 2, 12, 9, False), 0),
+        (Box(3, 2, 12, 9.5, False), 0),
+        (Box(-1, 2, 12, 9, False), 0),
+        (Box(10, 2, 11, 9, False), 0),
+    ):
+        taken.clear()
+        found = one(image, box, (8, 8), "whole-pixels")
+        assert len(taken) == expected
+        torch.testing.assert_close(found, one(image, box, (8, 8)), atol=2.01 / 255, rtol=0)
+
+
+def test_both_ways_flip_alike():
+    image = smooth_image(40, 30, 0)
+    for scale in ((1.0, 1.0), (-1.0, 1.0), (1.0, -1.0), (-1.0, -1.0)):
+        crop = Crop(torch.tensor([[float(s < 0) for s in scale]]), torch.tensor([scale]))
+        ways = [way(packed([image]), torch.tensor([0]), crop, size=(12, 12)) for way in WAYS.values()]
+        torch.testing.assert_close(*ways, atol=2.01 / 255, rtol=0)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_random_crops_of_many_images_are_pillows(way: str):
     """One call, many images and crops of all shapes, as in training."""
     sizes = [(120, 80), (64, 64), (33, 90), (200, 150), (9, 5)]
     images = [smooth_image(*size, seed) for seed, size in enumerate(sizes)]
@@ -68,7 +102,7 @@ def test_random_crops_of_many_images_are_pillows():
     crop = random_resized_crops(
         pack.size[index], area=(0.05, 1.0), flip_prob=0.5, generator=torch.Generator().manual_seed(0)
     )
-    result = cut(pack, index, crop, size=(48, 48))
+    result = WAYS[way](pack, index, crop, size=(48, 48))
     for row, image_number in enumerate(index.tolist()):
         width, height = sizes[image_number]
         edges = torch.stack([crop.offset[row], crop.offset[row] + crop.scale[row]]) * torch.tensor([width, height])
@@ -135,7 +169,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch):
     crop = random_resized_crops(
         images.size[index], area=(0.1, 1.0), flip_prob=0.5, generator=torch.Generator().manual_seed(1)
     )
-    whole = cut(images, index, crop, size=(12, 9))
+    whole = _filtered(images, index, crop, size=(12, 9))
     for budget in (1, 10_000):
         monkeypatch.setattr(crops, "WINDOW_BUDGET", budget)
         torch.testing.assert_close(cut(images, index, crop, size=(12, 9)), whole, atol=1e-6, rtol=0)

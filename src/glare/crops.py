@@ -3,13 +3,15 @@
 The images lie one after another in one flat array of pixels, in RAM, in a memory-mapped file or on the GPU, so a
 batch needs no collation: a crop is a gather of its window and two small matrix products with the weights of a
 separable bicubic filter. The filter is Pillow's (a = -0.5, widened by the reduction factor), so a crop equals
-Pillow's crop-and-resize up to rounding.
+Pillow's crop-and-resize up to rounding. On a CPU, crops of whole pixels are cut one by one with torch's kernel for
+uint8, which does the same and is many times as fast; its results differ by rounding, 2/255 at most.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from glare.geometry import Crop, patch_centres
@@ -72,6 +74,40 @@ def cut(images: PackedImages, index: Tensor, crop: Crop, *, size: tuple[int, int
     """
     device = images.pixels.device
     index, crop = index.to(device), crop.to(device)
+    if device.type == "cpu":
+        window = _whole_pixels(crop, images.size[index])
+        if window is not None:
+            return _resized(images, index, window, flipped=crop.scale < 0, size=size)
+    return _filtered(images, index, crop, size=size)
+
+
+def _whole_pixels(crop: Crop, source_px: Tensor) -> tuple[Tensor, Tensor] | None:
+    """First and one-past-last pixel (n, 2) of crops that are whole pixels inside their images, as training's are."""
+    edges = torch.stack([crop.offset, crop.offset + crop.scale]) * source_px
+    pixels = edges.round()
+    low, high = pixels.amin(dim=0), pixels.amax(dim=0)
+    exact = (edges - pixels).abs().amax() < EDGE_TOLERANCE_PX if len(source_px) else False
+    return (low.long(), high.long()) if exact and low.amin() >= 0 and bool((high <= source_px).all()) else None
+
+
+def _resized(
+    images: PackedImages, index: Tensor, window: tuple[Tensor, Tensor], *, flipped: Tensor, size: tuple[int, int]
+) -> Tensor:
+    """``cut`` one by one with torch's kernel for uint8, whose results are rounded to 8 bits as Pillow's are."""
+    low, high = (edge.tolist() for edge in window)
+    out = torch.empty((len(index), 3, *size), dtype=torch.uint8)
+    for place, image in enumerate(index.tolist()):
+        (left, top), (right, bottom) = low[place], high[place]
+        pixels = images.image(image)[top:bottom, left:right].permute(2, 0, 1).unsqueeze(0)
+        out[place] = F.interpolate(pixels, size=size, mode="bicubic", antialias=True)
+    for axis, mirrored in ((-1, flipped[:, 0]), (-2, flipped[:, 1])):
+        out[mirrored] = out[mirrored].flip(axis)
+    return out.float().div_(255)
+
+
+def _filtered(images: PackedImages, index: Tensor, crop: Crop, *, size: tuple[int, int]) -> Tensor:
+    """``cut`` of any crops, many at once: their windows are gathered and multiplied by the weights of the filter."""
+    device = images.pixels.device
     source_px = images.size[index]
     low, high = _window(crop, source_px)
     out = torch.empty((len(index), 3, *size), device=device)
