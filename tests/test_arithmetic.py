@@ -13,7 +13,7 @@ import torch
 from reference.builders import noise_image, packed
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, mm_flop, sdpa_flop_count
 from transformers import AutoConfig, AutoModel, IJepaConfig, PreTrainedConfig
 
 from glare import losses, recipes
@@ -25,9 +25,11 @@ from glare.modeling_glare import GlareModel
 from glare.objectives import glare as objective_file
 from glare.objectives.glare import GlareSettings
 from glare.patch_augmentation import sample_patch_mask
-from glare.pretrain import PretrainRecipe, make_student, train_step
+from glare.pretrain import PretrainRecipe, make_student
+from glare.pretrain_plan import Plan
+from glare.pretrain_step import train_step
 from glare.regions import RegionConfig, sample_regions
-from glare.runtime import make_accelerator, seeded
+from glare.runtime import Clock, make_accelerator, seeded
 from glare.student import Student, without_adapters
 from glare.teacher import make_teacher
 from glare.train_state import TrainState, parameter_groups
@@ -120,7 +122,7 @@ class Step:
 
 
 def flops(work: Callable[[], Any]) -> tuple[int, Any]:
-    """FLOPs of a call, with two for the backward pass of attention, and its result."""
+    """FLOPs of a call and its result: attention costs twice as much backward, products summed in place as others."""
 
     def forward(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
         return sdpa_flop_count(query, key, value)
@@ -128,10 +130,14 @@ def flops(work: Callable[[], Any]) -> tuple[int, Any]:
     def backward(_gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
         return 2 * sdpa_flop_count(query, key, value)
 
+    def in_place(_sum: Any, a: Any, b: Any, *_: Any, **__: Any) -> int:
+        return mm_flop(a, b)
+
     aten = torch.ops.aten
     kernels = {
         aten._scaled_dot_product_flash_attention_for_cpu: forward,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+        aten.addmm_: in_place,
     }
     with FlopCounterMode(display=False, custom_mapping=kernels) as counter:
         result = work()
@@ -139,26 +145,34 @@ def flops(work: Callable[[], Any]) -> tuple[int, Any]:
 
 
 @contextmanager
-def counted_rows() -> Iterator[list[int]]:
-    """While open, the rows of each call of ``cross_entropy_rows``."""
-    rows: list[int] = []
+def counted_rows(step: Step) -> Iterator[tuple[list[int], list[int]]]:
+    """While open, the pairs of each call of ``summed_cross_entropy``, and the rows of each of the student's head."""
+    pairs: list[int] = []
+    seen: list[int] = []
 
-    def spy(student: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        rows.append(len(student))
-        return losses.cross_entropy_rows(student, *args, **kwargs)
+    def spy(student: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        pairs.append(len(student))
+        return losses.summed_cross_entropy(student, *args, **kwargs)
 
+    def watch(_head: Any, inputs: tuple[Tensor]) -> None:
+        seen.append(len(inputs[0].flatten(0, -2)))
+
+    watched = step.student.objective.head.register_forward_pre_hook(watch)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(objective_file, "cross_entropy_rows", spy)
-        yield rows
+        patch.setattr(objective_file, "summed_cross_entropy", spy)
+        yield pairs, seen
+    watched.remove()
 
 
-def rows_of(calls: list[int], objective: GlareSettings) -> Rows:
+def rows_of(calls: tuple[list[int], list[int]], terms: tuple[str, ...]) -> Rows:
     """Rows per image from those of the calls, which come in the order of the terms."""
-    left = iter(calls)
-    number = {"reg": 2, "loc1": 1, "loc2": 2}
-    found = {term: sum(next(left) for _ in range(number[term])) for term in number if term in objective.terms}
-    rest = sum(left)
-    return Rows(*(found.get(term, 0) / IMAGES for term in ("loc1", "loc2", "reg")), local=rest / IMAGES)
+    heads = [("glob", "glob" in terms), ("reg", "reg" in terms), ("local", "loc1" in terms or "loc2" in terms)]
+    pairs = dict(zip([term for term in ("reg", "loc1", "loc2") if term in terms], calls[0], strict=True))
+    seen = dict(zip([name for name, runs in heads if runs], calls[1], strict=True))
+    numbers = [pairs.get(term, 0) for term in ("loc1", "loc2", "reg")] + [
+        seen.get(name, 0) for name in ("local", "reg")
+    ]
+    return Rows(*(number / IMAGES for number in numbers))
 
 
 def measured(step: Step) -> tuple[Work, Rows]:
@@ -168,22 +182,22 @@ def measured(step: Step) -> tuple[Work, Rows]:
     ours = [value for group in features for value in (group.cls, group.patches)]
     leaves = [value.detach().requires_grad_() for value in ours]
     pair = Features(*leaves[:2]), Features(*leaves[2:])
-    with counted_rows() as calls:
+    with counted_rows(step) as calls:
         forward, loss = flops(lambda: step.terms(pair, target))
     differentiate, _ = flops(loss.backward)
     gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
     backward, _ = flops(lambda: torch.autograd.backward(ours, gradients))
     anchor = flops(step.clean)[0] if step.recipe.anchor else 0
     phases = (teacher, student, backward, forward + differentiate, anchor)
-    return Work(*(phase / IMAGES for phase in phases)), rows_of(calls, step.recipe.glare)
+    return Work(*(phase / IMAGES for phase in phases)), rows_of(calls, step.recipe.glare.terms)
 
 
 def assert_as_counted(config: PreTrainedConfig, **changes: Any) -> None:
     step = Step.of(config, recipe_of(**changes))
     expected, rows = measured(step)
     found = step.predicted(rows)
-    assert min(rows.augmented, rows.matched, rows.region) > 0
     assert rows.augmented * IMAGES == step.views.patch_mask.sum().item()
+    assert rows.patches < rows.augmented + rows.matched and 0 < rows.region_patches < rows.region
     for phase in ("teacher", "student", "backward", "heads", "anchor"):
         assert getattr(found, phase) == pytest.approx(getattr(expected, phase)), phase
 
@@ -219,34 +233,26 @@ def test_every_setting_that_changes_the_products_is_as_counted(changes: dict[str
 
 @pytest.mark.parametrize("chunk", [8, 1024])
 def test_a_training_step_does_this_work_and_no_other(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "CHUNK_ROWS", chunk)
+    monkeypatch.setattr(losses, "CPU_CHUNK_LOGITS", chunk * RECIPE["glare"]["prototypes"])
     recipe = recipe_of(anchor=1.0)
     step = Step.of(tiny_config(), recipe)
     accelerator = make_accelerator(device="cpu", precision="fp32", report_to="none", output=Path())
     optimizer = accelerator.prepare(torch.optim.AdamW(parameter_groups(step.student, 0.1), lr=1e-3))
-    state = TrainState(step.student, step.teacher, optimizer)
-    with counted_rows() as calls:
-        counted, _ = flops(lambda: train_step(state, step.student, step.views, recipe, accelerator, step=0))
-    assert min(calls) > 8
-    work = step.predicted(rows_of(calls, recipe.glare))
-    assert (work.recompute > 0) == (chunk == 8)
-    assert (work.total + work.recompute) * IMAGES == pytest.approx(counted)
+    state, plan = TrainState(step.student, step.teacher, optimizer), Plan.of(recipe)
+    with counted_rows(step) as calls:
+        counted, _ = flops(
+            lambda: train_step(state, step.student, step.views, plan, accelerator, step=0, clock=Clock())
+        )
+    rows = rows_of(calls, recipe.glare.terms)
+    assert min(rows.augmented, rows.matched, rows.region) * IMAGES > 8
+    assert step.predicted(rows).total * IMAGES == pytest.approx(counted)
 
 
-@pytest.mark.parametrize("terms", [["glob", "loc1"], ["reg", "loc2"]], ids=str)
+@pytest.mark.parametrize("terms", [["glob", "loc1"], ["reg", "loc2"], ["loc1", "loc2"], ["reg"]], ids=str)
 def test_some_of_the_terms_are_as_counted(terms: list[str]) -> None:
     step = Step.of(tiny_config(), recipe_of(glare={"terms": terms}))
     expected, rows = measured(step)
     assert step.predicted(rows).heads == pytest.approx(expected.heads)
-
-
-def test_logits_are_computed_anew_from_the_second_chunk_of_a_call_on() -> None:
-    rows = Rows(augmented=losses.CHUNK_ROWS / 2, matched=losses.CHUNK_ROWS, region=losses.CHUNK_ROWS + 2)
-    work = partial(arithmetic, VIT_S, ViewConfig(), GlareSettings(), rows)
-    logits = 2 * 2 * 256 * 8192  # of student and teacher
-    assert work(images=1).recompute == 0
-    assert work(images=2).recompute == (losses.CHUNK_ROWS + 2) * logits  # two calls, one a direction
-    assert work(images=3).recompute == (2.5 * losses.CHUNK_ROWS + 2) * logits
 
 
 def test_a_step_of_the_paper() -> None:
@@ -258,11 +264,18 @@ def test_a_step_of_the_paper() -> None:
     assert work.teacher == 2 * (globals_ + 2 * 197 * 384)
     assert work.student == 2 * globals_ + 10 * locals_
     giga = {name: round(value / 1e9, 1) for name, value in vars(work).items()}
-    assert giga == {"teacher": 18.9, "student": 35.5, "backward": 36.4, "heads": 41.1, "anchor": 0, "recompute": 5.1}
-    assert work.total / 1e9 == pytest.approx(131.9, abs=0.1)
+    assert giga == {"teacher": 18.9, "student": 35.5, "backward": 36.4, "heads": 35.8, "anchor": 0}
+    assert work.total / 1e9 == pytest.approx(126.6, abs=0.1)
 
 
 # Rows
+
+
+def counted_patches(index: Tensor, wanted: Tensor) -> float:
+    """Mean number of distinct patches among ``index`` (b, ...) where ``wanted``."""
+    seen = torch.zeros(len(index), 197, dtype=torch.bool)
+    seen.scatter_(1, torch.where(wanted, index, 196).flatten(1), True)
+    return seen[:, :196].sum().item() / len(index)
 
 
 def test_expected_rows_are_those_of_many_random_crops() -> None:
@@ -271,25 +284,39 @@ def test_expected_rows_are_those_of_many_random_crops() -> None:
     draw = seeded(0)
     a, b = (crop(area=views.global_area, generator=draw) for _ in range(2))
     found = match(a, b, (14, 14))
-    regions = sample_regions(torch.rand(count, 6, 196, generator=draw), found, (14, 14), RegionConfig(), generator=draw)
-    inside = match(crop(area=views.local_area, generator=draw), a, (6, 6), (14, 14))
+    inside = crop(area=views.local_area, generator=draw)
+    in_a, in_b = (match(inside, view, (6, 6), (14, 14))[1] for view in (a, b))
     mask = sample_patch_mask(
         count, (14, 14), prob=views.patch_prob, ratio=views.patch_ratio, block=False, generator=draw
     )
     rows = Rows.expected(VIT_S, views, objective)
-    assert rows.matched == pytest.approx(2 * found[1].sum().item() / count, rel=0.02)
-    assert rows.region == pytest.approx(2 * regions.matched.sum().item() / count, rel=0.02)
-    assert rows.local == pytest.approx(20 * inside[1].sum().item() / count, rel=0.02)
+    pairs = 2 * found[1].sum() + 10 * (in_a.sum() + in_b.sum())
+    patches = 2 * (found[1] | mask).sum() + 10 * (in_a | in_b).sum()
+    assert rows.matched == pytest.approx(pairs.item() / count, rel=0.02)
     assert rows.augmented == pytest.approx(2 * mask.sum().item() / count, rel=0.05)
+    assert rows.patches == pytest.approx(patches.item() / count, rel=0.02)
+    for heads, tolerance in ((6, 0.03), (12, 0.07)):
+        attention = torch.rand(count, heads, 196, generator=draw)
+        regions = sample_regions(attention, found, (14, 14), RegionConfig(), generator=draw)
+        rows = Rows.expected(replace(VIT_S, heads=heads), views, objective)
+        assert rows.region == pytest.approx(2 * regions.matched.sum().item() / count, rel=0.02)
+        distinct = 2 * counted_patches(regions.index, regions.matched)
+        assert rows.region_patches == pytest.approx(distinct, rel=tolerance)
 
 
 def test_rows_follow_the_settings() -> None:
     expected = partial(Rows.expected, VIT_S)
     assert expected(ViewConfig(patch_augmentation="none"), GlareSettings()).augmented == 0
-    assert expected(ViewConfig(), GlareSettings()).local == 0
+    none = expected(ViewConfig(num_local=0), GlareSettings(local_queries=True))
+    assert none == expected(ViewConfig(), GlareSettings())
     assert expected(ViewConfig(), GlareSettings(), matched=0.5).matched == 196
+    by_term = {term: expected(ViewConfig(), GlareSettings(terms=(term,))) for term in ("glob", "loc1", "loc2")}
+    assert by_term["glob"].patches == 0
+    assert by_term["loc1"].patches == pytest.approx(by_term["loc1"].augmented)
+    assert by_term["loc2"].patches == pytest.approx(by_term["loc2"].matched)
     fixed = GlareSettings(regions=RegionConfig(count=2, min_side=30, max_side=40))
     assert expected(ViewConfig(), fixed).region == pytest.approx(2 * 2 * 196 * 0.88)  # a region is a whole view
+    assert expected(ViewConfig(), fixed).region_patches == pytest.approx(2 * 196 * 0.88)  # the same one twice
 
 
 # Shapes of real models
@@ -398,7 +425,7 @@ def test_time_of_a_ring() -> None:
 
 
 def test_efficiency() -> None:
-    work = Work(teacher=1e9, student=2e9, backward=3e9, heads=4e9, recompute=5e9)
+    work = Work(teacher=1e9, student=2e9, backward=3e9, heads=4e9)
     expected = partial(efficiency, work, 4e9, CLUSTER, rate=100e9)
     # 4 GPUs: a ring of 66 ms; an image takes 100 ms, the backward pass of its backbone 30 ms of these
     assert expected(gpus=4, images=1, overlap=False) == pytest.approx(100 / 166)

@@ -1,17 +1,20 @@
 import math
-from collections.abc import Callable
+import weakref
+from typing import Any
 
 import pytest
 import torch
 from reference import glare_terms as literal
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from glare import losses
 from glare.losses import (
     cross_entropy,
-    cross_entropy_rows,
     cross_view_entropy,
     masked_mean,
+    summed_cross_entropy,
     teacher_probabilities,
     update_centre,
 )
@@ -128,79 +131,178 @@ def test_the_entropy_is_smallest_where_the_student_agrees():
     assert (cross_entropy(teacher + 0.1 * normal(6, K, seed=3), prob) > agreed).all()
 
 
-# Rows in chunks
+# Pairs in chunks
 
 
-class Rows:
-    """Student and teacher rows with their last layers."""
+class Pairs:
+    """Rows of student and teacher, their last layers, and unequal weights."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, *, prototypes: int = K) -> None:
         self.student, self.teacher = normal(count, 5).requires_grad_(), normal(count, 5, seed=1)
-        self.layers = nn.ModuleList([Prototypes(5, K), Prototypes(5, K)])
-        for layer in self.layers:
-            nn.init.normal_(layer.weight_v, generator=generator(4))
-        self.centre = normal(K, seed=2)
+        self.layers = [Prototypes(5, prototypes), Prototypes(5, prototypes)]
+        for seed, layer in enumerate(self.layers):
+            nn.init.normal_(layer.weight_v, generator=generator(4 + seed))
+            nn.init.uniform_(layer.weight_g, 0.5, 2, generator=generator(6 + seed))
+        self.matrix = self.layers[0].matrix()
+        self.centre, self.weight = normal(prototypes, seed=2), torch.linspace(0.5, 2, count)
 
-    def entropy(self) -> Tensor:
-        return cross_entropy_rows(
+    def summed(self) -> tuple[Tensor, Tensor]:
+        return summed_cross_entropy(
             self.student,
             self.teacher,
-            student_layer=self.layers[0],
-            teacher_layer=self.layers[1],
+            self.weight,
+            student_prototypes=self.matrix,
+            teacher_prototypes=self.layers[1].matrix(),
             centre=self.centre,
             temperature=0.05,
         )
 
+    def at_once(self) -> tuple[Tensor, Tensor]:
+        """The same by autograd, with all logits."""
+        prob = teacher_probabilities(self.layers[1](self.teacher).detach(), self.centre, 0.05)
+        entropy = cross_entropy(self.student @ self.matrix.T, prob)
+        return (entropy * self.weight).sum(), entropy.detach()
 
-@pytest.mark.parametrize("count", [1, 3, 7, 8, 9, 40])
-def test_chunks_change_neither_values_nor_gradients(count: int, monkeypatch: pytest.MonkeyPatch):
-    weights = torch.linspace(1, 2, count)
-
-    def run(chunk: int) -> tuple[Tensor, ...]:
-        monkeypatch.setattr(losses, "CHUNK_ROWS", chunk)
-        torch.manual_seed(0)
-        rows = Rows(count)
-        entropy = rows.entropy()
-        (entropy * weights).sum().backward()
-        assert all(p.grad is None for p in rows.layers[1].parameters()), "the teacher gets no gradient"
-        return entropy.detach(), rows.student.grad, *(p.grad for p in rows.layers[0].parameters())
-
-    whole = run(1000)
-    assert whole[0].shape == (count,)
-    for chunk in (1, 8):
-        for found, expected in zip(run(chunk), whole, strict=True):
-            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    def gradients(self, loss: Tensor) -> list[Tensor]:
+        """Of student rows, prototypes, and their directions and lengths."""
+        return list(
+            torch.autograd.grad(loss, [self.student, self.matrix, *self.layers[0].parameters()], retain_graph=True)
+        )
 
 
-def test_rows_are_the_transcription():
-    rows = Rows(6)
+class Watch(TorchDispatchMode):
+    """Every operation while open: its name, what it makes, and how many numbers in rows of ``columns`` live at once."""
+
+    def __init__(self, *, columns: int) -> None:
+        super().__init__()
+        self.columns = columns
+        self.names: list[str] = []
+        self.outputs: list[tuple[torch.Size, torch.dtype]] = []
+        self.most_logits = 0
+        self._logits: list[weakref.ref[Tensor]] = []
+
+    @property
+    def products(self) -> int:
+        return sum(name in ("mm", "bmm", "addmm", "addmm_", "baddbmm", "mv", "linear") for name in self.names)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.names.append(func.overloadpacket.__name__)
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor) and not func.is_view:
+                self.outputs.append((value.shape, value.dtype))
+                if value.dim() == 2 and value.shape[1] == self.columns:
+                    self._logits.append(weakref.ref(value))
+        alive = {value.data_ptr(): value.numel() for one in self._logits if (value := one()) is not None}
+        self.most_logits = max(self.most_logits, sum(alive.values()))
+        return result
+
+
+def in_chunks(monkeypatch: pytest.MonkeyPatch, rows: int, *, prototypes: int = K) -> None:
+    monkeypatch.setattr(losses, "CPU_CHUNK_LOGITS", rows * prototypes)
+
+
+@pytest.mark.parametrize("chunk", [1, 8, 1000])
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 40])
+def test_chunks_give_the_values_and_gradients_of_autograd(count: int, chunk: int, monkeypatch: pytest.MonkeyPatch):
+    in_chunks(monkeypatch, chunk)
+    pairs = Pairs(count)
+    (total, entropy), (expected, expected_entropy) = pairs.summed(), pairs.at_once()
+    assert entropy.shape == (count,) and total.dtype == entropy.dtype == torch.float32
+    torch.testing.assert_close(entropy, expected_entropy, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(total, expected, atol=1e-4, rtol=1e-5)
+    for found, wanted in zip(pairs.gradients(total * 3), pairs.gradients(expected * 3), strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [4, 1000])
+def test_pairs_are_the_transcription(chunk: int, monkeypatch: pytest.MonkeyPatch):
+    in_chunks(monkeypatch, chunk)
+    pairs = Pairs(6)
     expected = [
-        literal.entropy(s, t, rows.centre, 0.05)
-        for s, t in zip(rows.layers[0](rows.student), rows.layers[1](rows.teacher), strict=True)
+        literal.entropy(s, t, pairs.centre, 0.05)
+        for s, t in zip(pairs.layers[0](pairs.student), pairs.layers[1](pairs.teacher), strict=True)
     ]
-    assert rows.entropy().tolist() == pytest.approx(expected, rel=1e-5)
+    total, entropy = pairs.summed()
+    assert entropy.tolist() == pytest.approx(expected, rel=1e-5)
+    weighted = [value * weight for value, weight in zip(expected, pairs.weight.tolist(), strict=True)]
+    assert total.item() == pytest.approx(sum(weighted), rel=1e-5)
 
 
-def test_the_logits_of_all_rows_never_exist_at_once(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(losses, "CHUNK_ROWS", 4)
-    rows, seen = Rows(10), []
-    forward: Callable[[Tensor], Tensor] = rows.layers[0].forward
-
-    def watched(x: Tensor) -> Tensor:
-        seen.append(len(x))
-        return forward(x)
-
-    rows.layers[0].forward = watched  # type: ignore[method-assign]
-    rows.entropy().sum().backward()
-    assert max(seen) == 4 and sum(seen) == 20, "once forward, once again backward"
+def test_a_chunk_holds_at_least_one_row(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(losses, "CPU_CHUNK_LOGITS", K - 1)
+    pairs = Pairs(3)
+    torch.testing.assert_close(pairs.summed()[1], pairs.at_once()[1], atol=1e-4, rtol=1e-5)
 
 
-def test_no_rows_give_no_loss_but_a_gradient():
-    rows = Rows(0)
-    entropy = rows.entropy()
-    assert entropy.shape == (0,)
-    masked_mean(entropy, 0).backward()
-    assert all(p.grad is not None and not p.grad.any() for p in rows.layers[0].parameters())
+def test_only_the_student_gets_a_gradient():
+    pairs = Pairs(5)
+    for value in (pairs.teacher, pairs.centre, pairs.weight):
+        value.requires_grad_()
+    total, entropy = pairs.summed()
+    assert total.requires_grad and not entropy.requires_grad
+    total.backward()
+    assert pairs.student.grad is not None and pairs.student.grad.any()
+    others = [pairs.teacher, pairs.centre, pairs.weight, *pairs.layers[1].parameters()]
+    assert [value.grad for value in others] == [None] * 5
+
+
+def test_no_pairs_give_no_loss_but_a_gradient():
+    pairs = Pairs(0)
+    total, entropy = pairs.summed()
+    assert entropy.shape == (0,) and total.item() == 0
+    found = pairs.gradients(total)
+    assert [tuple(value.shape) for value in found] == [(0, 5), (K, 5), (K, 1), (K, 5)]
+    assert not any(value.any() for value in found)
+
+
+def test_the_logits_of_all_pairs_never_exist_at_once(monkeypatch: pytest.MonkeyPatch):
+    """At most both probabilities of one chunk, while the teacher's logits of the next one turn into its own."""
+    in_chunks(monkeypatch, 4, prototypes=50)
+    pairs = Pairs(40, prototypes=50)
+    with Watch(columns=50) as watch:
+        pairs.summed()[0].backward()
+    gradients = {pairs.student.shape, pairs.matrix.shape}
+    assert max(shape.numel() for shape, _ in watch.outputs if shape not in gradients) <= 4 * 50
+    assert 4 * 50 <= watch.most_logits <= 4 * (4 * 50)
+    with Watch(columns=50) as watch:
+        Pairs(40, prototypes=50).at_once()[0].backward()
+    assert watch.most_logits > 40 * 50, "what computes all logits does not pass"
+
+
+def test_backward_computes_no_logits(monkeypatch: pytest.MonkeyPatch):
+    in_chunks(monkeypatch, 4, prototypes=50)
+    pairs = Pairs(40, prototypes=50)
+    total, _ = pairs.summed()
+    with Watch(columns=50) as watch:
+        total.backward()
+    assert watch.names and watch.products == 0 and watch.most_logits == 0
+    total, _ = Pairs(40, prototypes=50).at_once()
+    with Watch(columns=50) as watch:
+        total.backward()
+    assert watch.products > 0 and watch.most_logits > 0, "ordinary autograd is seen"
+
+
+def test_without_gradients_there_are_two_products_a_chunk(monkeypatch: pytest.MonkeyPatch):
+    in_chunks(monkeypatch, 4)
+    with torch.no_grad(), Watch(columns=K) as watch:
+        total, _ = Pairs(10).summed()
+    assert watch.products == 2 * 3 and not total.requires_grad
+    with Watch(columns=K) as watch:
+        Pairs(10).summed()
+    assert watch.products == 4 * 3, "with gradients there are two more"
+
+
+def test_autocast_changes_nothing(monkeypatch: pytest.MonkeyPatch):
+    in_chunks(monkeypatch, 4)
+    pairs = Pairs(10)
+    with Watch(columns=K) as watch, torch.autocast("cpu", dtype=torch.bfloat16):
+        total, entropy = pairs.summed()
+        found = pairs.gradients(total)
+    assert {dtype for _, dtype in watch.outputs if dtype.is_floating_point} == {torch.float32}
+    plain, plain_entropy = pairs.summed()
+    assert torch.equal(total, plain) and torch.equal(entropy, plain_entropy)
+    assert all(torch.equal(one, other) for one, other in zip(found, pairs.gradients(plain), strict=True))
 
 
 def test_masked_mean():

@@ -58,7 +58,7 @@ def _written(value: float, unit: str) -> str:
 
 def _notes(values: Mapping[str, Any]) -> list[str]:
     work, rate = values["gflop_per_image"], values["flops_per_second"]
-    total = sum(value for name, value in work.items() if name != "recompute")
+    total = sum(work.values())
     minutes = LOVEDA_VISITS / values["images_per_second"] / 60
     lines = []
     if "speedup" in values:
