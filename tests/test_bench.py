@@ -90,7 +90,7 @@ def test_the_paper_s_settings_by_default() -> None:
     assert (recipe.views.global_size, recipe.views.local_size, recipe.views.num_local) == (224, 96, 10)
     assert (recipe.glare.prototypes, recipe.glare.head_hidden, recipe.anchor) == (8192, 2048, 0.0)
     work = bench.work_of(recipe, matched=0.73)
-    assert work.total == pytest.approx(132e9, rel=0.02)
+    assert work.total == pytest.approx(126.6e9, rel=0.01)
     given_views = bench.pretrain_recipe({**backbone, "views": {"num_local": 4}}, 2522, Accelerator(cpu=True)).views
     assert given_views == replace(recipe.views, num_local=4)
 

@@ -72,6 +72,7 @@ class BenchRecipe:
     plain: bool = option(True, "measure the way of research code, too")
     device: str = option("auto", "where to run", choices=DEVICES)
     precision: str = option("auto", "auto: bf16 where the processor has it", choices=PRECISIONS)
+    compile: bool = option(False, "torch.compile the blocks of the ViT, of the package's own way alone")
     json: Path | None = option(None, "file to write the figures to")
     seed: int = option(0, "of all draws")
     views: ViewConfig = option(ViewConfig(), "views; where not given 2 of 14 and 10 of 6 patches a side, the paper's")
@@ -128,6 +129,7 @@ def run(given: Mapping[str, Any]) -> dict[str, Any]:
         "backbone": Path(recipe.backbone).stem,
         "batch_size": pretrain.batch_size,
         "steps": ROUNDS * steps,
+        "compile": recipe.compile,
         "views": recipes.to_dict(pretrain.views),
         "prototypes": pretrain.glare.prototypes,
         "versions": versions(),
@@ -162,6 +164,7 @@ def pretrain_recipe(given: Mapping[str, Any], num_images: int, accelerator: Acce
     recipe = recipes.from_dict(BenchRecipe, given)
     patch_size = load_backbone(recipe.backbone).patch_size
     known = {"backbone": recipe.backbone, "batch_size": recipe.batch_size, "seed": recipe.seed}
+    known |= {"compile": recipe.compile}
     known |= {key: given[key] for key in ("views", "glare") if key in given}
     settings = overlay(PAPER, known)
     return resolve(settings, num_images=num_images, patch_size=patch_size, accelerator=accelerator)[0]

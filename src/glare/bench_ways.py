@@ -23,7 +23,7 @@ from glare.pretrain_step import cut_views, train_step
 from glare.runtime import Clock, epoch_batches, seeded
 from glare.student import Student
 from glare.teacher import make_teacher
-from glare.train_state import TrainState, parameter_groups
+from glare.train_state import TrainState, make_optimizer
 
 MAX_WORKERS = 16
 
@@ -63,8 +63,12 @@ class OwnWay:
         self.normalise = read_normalisation(recipe.backbone)
         student.to(accelerator.device)
         teacher = make_teacher(student)
-        groups = parameter_groups(student, recipe.weight_decay)
-        optimizer = torch.optim.AdamW(groups, lr=self.plan.learning_rate)
+        if recipe.compile:
+            student.compile_blocks()
+            teacher.compile_blocks()
+        optimizer = make_optimizer(student, recipe.weight_decay)
+        for group in optimizer.param_groups:
+            group["lr"] = self.plan.learning_rate
         self.wrapped, optimizer = accelerator.prepare(student, optimizer)
         self.state = TrainState(student, teacher, optimizer)
         self.images = images.to(accelerator.device) if fits(images.pixels.nbytes, accelerator.device) else images

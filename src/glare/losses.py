@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 STUDENT_TEMPERATURE = 0.1
 CENTRE_MOMENTUM = 0.9
-CHUNK_LOGITS, CPU_CHUNK_LOGITS = 2**26, 2**23  # that exist at the same time: 8192 and 1024 rows at K = 8192
+CHUNK_LOGITS, CPU_CHUNK_LOGITS = 2**26, 2**23  # of a chunk: 8192 and 1024 rows at K = 8192
 
 
 def teacher_probabilities(logits: Tensor, centre: Tensor, temperature: float) -> Tensor:
@@ -42,12 +42,13 @@ def summed_cross_entropy(
     """Weighted sum of H over pairs of rows whose logits never exist at once.
 
     With logits s = W x of the student, dH/ds = (p_S - p_T) / 0.1 is at hand as soon as H is, so the gradients are
-    summed up chunk by chunk in the forward pass: backward computes no logits anew, and only scales.
+    summed up chunk by chunk in the forward pass: backward computes no logits anew, and only scales. There are no second
+    derivatives.
 
     Args:
         student: (rows, bottleneck), with gradient.
         teacher: (rows, bottleneck), without.
-        weight: (rows,), without gradient.
+        weight: (rows,), without.
         student_prototypes: (K, bottleneck), with gradient.
         teacher_prototypes: (K, bottleneck), without.
         centre: (K,).
@@ -62,42 +63,53 @@ def summed_cross_entropy(
             student_prototypes.float(),
             teacher.detach().float() / temperature,
             teacher_prototypes.detach().float(),
-            -centre / temperature,
-            weight.float(),
+            -centre.detach() / temperature,
+            weight.detach().float(),
+            torch.is_grad_enabled() and (student.requires_grad or student_prototypes.requires_grad),
         )
     return total, entropy
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
-    """``summed_cross_entropy`` of rows that are divided by their temperatures."""
+    """``summed_cross_entropy`` of rows that are divided by their temperatures; ``wanted`` are the gradients."""
 
     @staticmethod
     def forward(
-        ctx: Any, student: Tensor, prototypes: Tensor, teacher: Tensor, targets: Tensor, offset: Tensor, weight: Tensor
+        ctx: Any,
+        student: Tensor,
+        prototypes: Tensor,
+        teacher: Tensor,
+        targets: Tensor,
+        offset: Tensor,
+        weight: Tensor,
+        wanted: bool,
     ) -> tuple[Tensor, Tensor]:
-        wanted = any(ctx.needs_input_grad)
         entropy = student.new_empty(len(student))
-        rows_gradient, gradient = torch.zeros_like(student), torch.zeros_like(prototypes)
-        logits = CPU_CHUNK_LOGITS if student.device.type == "cpu" else CHUNK_LOGITS
-        chunk = max(1, logits // len(prototypes))
-        for rows in (slice(first, first + chunk) for first in range(0, len(student), chunk)):
+        gradients = (torch.zeros_like(student), torch.zeros_like(prototypes)) if wanted else None
+        size = max(1, (CPU_CHUNK_LOGITS if student.device.type == "cpu" else CHUNK_LOGITS) // len(prototypes))
+        for rows in (slice(first, first + size) for first in range(0, len(student), size)):
             prob = torch.addmm(offset, teacher[rows], targets.T).softmax(dim=-1)
-            log_prob = (student[rows] @ prototypes.T).log_softmax(dim=-1)
-            entropy[rows] = -torch.linalg.vecdot(prob, log_prob)
-            if wanted:
-                difference = log_prob.exp_().sub_(prob)
+            entropy[rows], difference = _entropy_and_slope(student[rows], prototypes, prob)
+            if gradients is not None:
                 scale = weight[rows].unsqueeze(1)
-                rows_gradient[rows] = (difference @ prototypes).mul_(scale)
-                gradient.addmm_(difference.T, student[rows] * scale)
-        ctx.save_for_backward(rows_gradient, gradient)
+                gradients[0][rows] = (difference @ prototypes).mul_(scale)
+                gradients[1].addmm_(difference.T, student[rows] * scale)
+            del prob, difference  # before the next chunk needs as much
+        ctx.save_for_backward(*(gradients or ()))
         ctx.mark_non_differentiable(entropy)
         return entropy @ weight, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _entropy: Tensor) -> tuple[Tensor | None, ...]:
-        rows_gradient, gradient = ctx.saved_tensors
-        return upstream * rows_gradient, upstream * gradient, None, None, None, None
+        return *(upstream * gradient for gradient in ctx.saved_tensors), None, None, None, None, None
+
+
+def _entropy_and_slope(rows: Tensor, prototypes: Tensor, prob: Tensor) -> tuple[Tensor, Tensor]:
+    """H of each of the student's rows, already divided by its temperature, and its slope in the logits, p_S - p_T."""
+    log_prob = (rows @ prototypes.T).log_softmax(dim=-1)
+    entropy = -torch.linalg.vecdot(prob, log_prob)
+    return entropy, log_prob.exp_().sub_(prob)  # in place: nobody needs the logarithm any more
 
 
 def cross_view_entropy(student_logits: Tensor, teacher_prob: Tensor) -> Tensor:

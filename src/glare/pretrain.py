@@ -30,7 +30,7 @@ from glare.runtime import DEVICES, PRECISIONS, TRACKERS, Clock, epoch_batches, m
 from glare.segmenters import image_processor
 from glare.student import Student
 from glare.teacher import make_teacher
-from glare.train_state import TrainState, parameter_groups
+from glare.train_state import TrainState, make_optimizer
 from glare.views import Normalisation, ViewConfig, make_views
 from glare.yaml_files import flatten
 
@@ -79,6 +79,7 @@ class PretrainRecipe:
     seed: int = option(0, "of all draws")
     device: str = option("auto", "where to run", choices=DEVICES)
     precision: str = option("auto", "auto: bf16 where the processor has it", choices=PRECISIONS)
+    compile: bool = option(False, "torch.compile the blocks of the ViT, for long runs on a GPU")
     checkpoint_every: int = option(100, "steps between checkpoints")
     log_every: int = option(10, "steps between lines of metrics.jsonl")
     num_workers: int | None = option(None, "threads that decode images; one a core where not given")
@@ -130,7 +131,10 @@ def run(given: Mapping[str, Any]) -> Path:
     if recipe.glare.head_init == "data":
         fit_head(student, packed.images, recipe, accelerator, patch_size=model.patch_size, normalise=normalise)
     teacher = make_teacher(student)
-    optimizer = torch.optim.AdamW(parameter_groups(student, recipe.weight_decay), lr=0.0)
+    if recipe.compile:
+        student.compile_blocks()
+        teacher.compile_blocks()
+    optimizer = make_optimizer(student, recipe.weight_decay)
     wrapped, optimizer = accelerator.prepare(student, optimizer)
     state = TrainState(student, teacher, optimizer)
 

@@ -84,11 +84,17 @@ def update(state: TrainState, terms: Terms, plan: Plan, accelerator: Accelerator
     state.optimizer.step()
     state.optimizer.zero_grad()
     update_teacher(state.teacher, student, plan.momentum_at(step))
-    student.objective.update({key: sum_over_ranks(value, accelerator) for key, value in terms.batch_sums.items()})
+    student.objective.update(sums_over_ranks(terms.batch_sums, accelerator))
     return grad_norm
 
 
-def sum_over_ranks(value: tuple[Tensor, Tensor], accelerator: Accelerator) -> tuple[Tensor, Tensor]:
-    """A sum and its count, added up over processes."""
-    total, count = (accelerator.reduce(part, reduction="sum") for part in value)
-    return total, count
+def sums_over_ranks(
+    batch_sums: dict[str, tuple[Tensor, Tensor]], accelerator: Accelerator
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Sums and their counts, added up over processes in one message."""
+    if accelerator.num_processes == 1 or not batch_sums:
+        return batch_sums
+    sizes = [total.numel() for total, _ in batch_sums.values()]
+    packed = torch.cat([torch.cat([total, rows.view(1)]) for total, rows in batch_sums.values()])
+    parts = accelerator.reduce(packed, reduction="sum").split([size + 1 for size in sizes])
+    return {key: (part[:-1], part[-1]) for key, part in zip(batch_sums, parts, strict=True)}

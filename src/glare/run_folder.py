@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 MAY_DIFFER_ON_RESUME = frozenset(
     {
         "checkpoint_every",
+        "compile",
         "device",
         "epochs",
         "log_every",

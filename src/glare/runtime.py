@@ -21,7 +21,8 @@ TRACKERS = ("tensorboard", "none")
 def make_accelerator(*, device: str, precision: str, report_to: str, output: Path) -> Accelerator:
     """Accelerate for one job; several jobs may follow each other in one process.
 
-    ``precision`` auto is bf16 where the processor computes in it, else fp32.
+    ``precision`` auto is bf16 where the processor computes in it, else fp32. What stays in float32 under a lower
+    precision, the logits of the losses, is multiplied in TF32 by GPUs that have it.
     """
     if device in ("cuda", "mps") and not getattr(torch, device if device == "cuda" else "backends.mps").is_available():
         raise UserError(f"device {device!r} is not available on this machine; leave --device out or give cpu")
@@ -31,6 +32,8 @@ def make_accelerator(*, device: str, precision: str, report_to: str, output: Pat
         precision = "bf16" if _has_bf16(cpu=cpu) else "fp32"
     if cpu and precision == "fp16":
         raise UserError("precision 'fp16' needs a GPU; give bf16 or fp32")
+    if not cpu and precision != "fp32":
+        torch.set_float32_matmul_precision("high")
     return Accelerator(
         mixed_precision="no" if precision == "fp32" else precision,
         cpu=cpu,

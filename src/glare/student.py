@@ -11,6 +11,7 @@ from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel
 
 from glare.features import Features, encode, use_packed_attention
+from glare.modeling_glare import vit_blocks
 from glare.objectives.base import Objective, Terms
 from glare.views import Views
 
@@ -33,6 +34,11 @@ class Student(nn.Module):
         self.objective = objective
         dim = backbone.config.hidden_size
         self.mask_token = nn.Parameter(torch.zeros(dim)) if mask_token else None
+
+    def compile_blocks(self) -> None:
+        """Let ``torch.compile`` fuse what is inside the blocks; their first passes take some time for that."""
+        for block in vit_blocks(self.backbone):
+            block.compile()
 
     @torch.no_grad()
     def target_features(self, views: Views) -> Features:

@@ -63,12 +63,17 @@ def parameter_groups(student: nn.Module, weight_decay: float) -> list[dict[str, 
     ]
 
 
+def make_optimizer(student: nn.Module, weight_decay: float) -> torch.optim.Optimizer:
+    """AdamW over what trains, without a learning rate yet; on a GPU one kernel for all parameters."""
+    groups = parameter_groups(student, weight_decay)
+    return torch.optim.AdamW(groups, lr=0.0, fused=next(student.parameters()).device.type == "cuda")
+
+
 @torch.no_grad()
 def clip_each(parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
     """Scale the gradient of each parameter to a norm of at most ``limit`` (DINO); returns the norm of all before."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norms = torch._foreach_norm(gradients)
-    factors = [(limit / (norm + 1e-6)).clamp(max=1.0) for norm in norms]
-    torch._foreach_mul_(gradients, factors)
-    total: Tensor = torch.stack(norms).norm()
+    norms = torch.stack(torch._foreach_norm(gradients))
+    torch._foreach_mul_(gradients, (limit / (norms + 1e-6)).clamp(max=1.0).unbind())
+    total: Tensor = norms.norm()
     return total

@@ -200,9 +200,9 @@ class _Step:
         """L_glob, eq. 4: the [CLS] token of every student view against that of the other global views."""
         objective, target = self.objective, self.target
         cls = torch.cat([self.student.cls, self.local.cls])
-        logits = objective.head.prototypes(objective.head(cls))
+        logits = _logits(objective.head(cls), self.prototypes)
         with torch.no_grad():
-            raw = target.head.prototypes(target.head(self.teacher.cls))
+            raw = _logits(target.head(self.teacher.cls), self.target_prototypes)
             prob = teacher_probabilities(raw, objective.centre("cls"), self.temperature)
         self.batch_sums["cls"] = raw.sum(dim=(0, 1)), raw.new_tensor(raw.shape[:2]).prod()
         marginal = prob.mean(dim=(0, 1))
@@ -238,17 +238,17 @@ class _Step:
 
         The weights make a mean.
         """
-        (b, n), targets = valid.shape, self.teacher.patches.shape[2]
-        globals_ = len(self.views.global_)
-        before = b * (min(view, globals_) * targets + max(view - globals_, 0) * n)
+        (b, n), (num_global, _, global_n) = valid.shape, self.teacher.patches.shape[:3]
+        before = b * (min(view, num_global) * global_n + max(view - num_global, 0) * n)  # patches of earlier views
         image, patch = valid.nonzero(as_tuple=True)
         weight = (1 / valid.sum().clamp(min=1)).expand(len(image))
-        return _Pairs(before + image * n + patch, (target * b + image) * targets + index[valid], weight)
+        return _Pairs(before + image * n + patch, (target * b + image) * global_n + index[valid], weight)
 
     def local_terms(self, pairs: dict[str, _Pairs]) -> dict[str, Tensor]:
         """L_loc1 and L_loc2 by name: the student's head runs once on every patch that either needs."""
-        views = [self.student, self.local] if self.objective.config.local_queries else [self.student]
-        patches = torch.cat([features.patches.flatten(0, 2) for features in views])
+        patches = self.student.patches.flatten(0, 2)
+        if self.objective.config.local_queries:
+            patches = torch.cat([patches, self.local.patches.flatten(0, 2)])
         with torch.no_grad():
             targets = self.target.head(self.teacher.patches).flatten(0, 2)
             self._add_up("patch", targets)
@@ -293,7 +293,7 @@ class _Step:
     @torch.no_grad()
     def _add_up(self, level: str, rows: Tensor) -> None:
         """Sum of the teacher's logits of bottleneck ``rows``: the last layer is linear, so the logits of their sum."""
-        self.batch_sums[level] = self.target.head.prototypes(rows.sum(dim=0)), rows.new_tensor(len(rows))
+        self.batch_sums[level] = _logits(rows.sum(dim=0), self.target_prototypes), rows.new_tensor(len(rows))
 
     def _entropy(self, student: Tensor, teacher: Tensor, weight: Tensor, *, level: str) -> tuple[Tensor, Tensor]:
         return summed_cross_entropy(
@@ -313,7 +313,13 @@ def _once(rows: Tensor, wanted: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
     for index in wanted:
         needed[index] = True
     place = needed.cumsum(0) - 1
-    return rows[needed], [place[index] for index in wanted]
+    return rows.index_select(0, needed.nonzero().squeeze(1)), [place[index] for index in wanted]
+
+
+def _logits(rows: Tensor, prototypes: Tensor) -> Tensor:
+    """(..., bottleneck) -> (..., K), float32."""
+    with torch.autocast(rows.device.type, enabled=False):
+        return nn.functional.linear(rows.float(), prototypes.float())
 
 
 def _take(patches: Tensor, index: Tensor) -> Tensor:
