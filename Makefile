@@ -1,11 +1,12 @@
 # make demo: GLARE end to end on built-in scenes     make test: all tests     make check: lint, format, types
+# make bench: images a second of pre-training, beside the way of research code, some minutes on two cores
 # Each creates .venv and installs into it first; another interpreter: make PYTHON=python3.12 ...
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test check clean
+.PHONY: demo test check bench clean
 
 demo: $(INSTALLED)
 	rm -rf runs/demo
@@ -21,8 +22,11 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+bench: $(INSTALLED)
+	$(BIN)/glare bench --json bench.json
+
 clean:
-	rm -rf .venv build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv build dist bench.json src/*.egg-info .mypy_cache .ruff_cache .pytest_cache
 
 # Without the constraints pip would take the newest torch, with several GB of CUDA packages, on any machine.
 $(INSTALLED): pyproject.toml constraints.txt

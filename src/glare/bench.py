@@ -88,11 +88,11 @@ class Measured:
     """What was measured of one way.
 
     ``seconds``: of a step, a value a round; ``phases``: seconds of a step's parts; ``wait``: share of the time in
-    which the next views were not there; ``memory``: most bytes held beyond those before; ``matched``: share of
-    patches with a correspondence.
+    which the next views were not there; ``memory``: most bytes held beyond those before, None where it is not known;
+    ``matched``: share of patches with a correspondence.
     """
 
-    memory: int = 0
+    memory: int | None = None
     seconds: list[float] = field(default_factory=list)
     wait: list[float] = field(default_factory=list)
     matched: list[Tensor] = field(default_factory=list)
@@ -171,7 +171,10 @@ def pretrain_recipe(given: Mapping[str, Any], num_images: int, accelerator: Acce
 
 
 def measure(makers: Mapping[str, Callable[[], Way]], *, steps: int, device: torch.device) -> dict[str, Measured]:
-    """Let the ways take turns; each is made and warmed up before the next, so that its memory is its own."""
+    """Let the ways take turns; each is made and measured before the next, so that its memory is its own.
+
+    On a CPU only that of the first is known: what it has freed is not given back, and the next one uses it.
+    """
     ways: dict[str, Way] = {}
     found: dict[str, Measured] = {}
     for turn in range(ROUNDS):
@@ -180,7 +183,7 @@ def measure(makers: Mapping[str, Callable[[], Way]], *, steps: int, device: torc
                 held = reset_peak_memory(device)
                 ways[name], found[name] = make(), Measured()
             _measure_turn(ways[name], found[name], steps=steps, device=device)
-            if turn == 0:
+            if turn == 0 and (device.type == "cuda" or len(ways) == 1):
                 found[name].memory = peak_memory_bytes(device) - held
     for name, way in ways.items():
         clock = Clock(device)

@@ -45,7 +45,7 @@ def _lines(values: Mapping[str, Any]) -> list[tuple[str, float, float | None, st
 
 def _row(name: str, own: float, plain: float | None, unit: str) -> tuple[str, str, str, str]:
     if plain is None:
-        return name, _written(own, unit), "", ""
+        return name, _written(own, unit), "", ""  # not measured
     ratio = {"rate": own / plain, "share": None}.get(unit, plain / own if own else None)
     return name, _written(own, unit), _written(plain, unit), "" if ratio is None else f"{ratio:.2f}"
 
