@@ -10,12 +10,12 @@ LOVEDA_VISITS = 252_000  # images seen by the paper's job on LoveDA, 100 passes 
 
 def table(values: Mapping[str, Any]) -> str:
     """Both ways side by side, phase by phase, and what follows for a long run."""
-    plain = "plain_images_per_second" in values
-    rows = [("", "glare", "plain", "ratio")] + [_row(*line) for line in _lines(values)]
-    widths = [max(len(row[place]) for row in rows) for place in range(4)]
+    columns = 4 if "plain_images_per_second" in values else 2
+    rows = [row[:columns] for row in (("", "glare", "plain", "ratio"), *(_row(*line) for line in _lines(values)))]
+    name, *numbers = (max(map(len, column)) for column in zip(*rows, strict=True))
     shown = [
-        "  ".join(cell.ljust(width) if place == 0 else cell.rjust(width) for place, (cell, width) in pairs).rstrip()
-        for pairs in (list(enumerate(zip(row, widths, strict=True)))[: 4 if plain else 2] for row in rows)
+        "  ".join([first.ljust(name), *(cell.rjust(width) for cell, width in zip(rest, numbers, strict=True))]).rstrip()
+        for first, *rest in rows
     ]
     return "\n".join([_what(values), *(f"  {line}" for line in shown), *_notes(values)])
 
@@ -45,7 +45,7 @@ def _lines(values: Mapping[str, Any]) -> list[tuple[str, float, float | None, st
 
 def _row(name: str, own: float, plain: float | None, unit: str) -> tuple[str, str, str, str]:
     if plain is None:
-        return name, _written(own, unit), "", ""  # not measured
+        return name, _written(own, unit), "", ""
     ratio = {"rate": own / plain, "share": None}.get(unit, plain / own if own else None)
     return name, _written(own, unit), _written(plain, unit), "" if ratio is None else f"{ratio:.2f}"
 
