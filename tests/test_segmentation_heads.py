@@ -1,3 +1,4 @@
+import copy
 from typing import Any
 
 import pytest
@@ -92,14 +93,28 @@ def test_fpn_head_steps_follow_the_nominal_strides() -> None:
     assert sum(isinstance(module, nn.BatchNorm2d) for module in head.modules()) == 7
 
 
-def test_fpn_head_sums_its_levels() -> None:
-    head = FPNHead(config()).eval()
-    levels = head.fpn(maps(4, 4, 6))
-    total = head.scale_heads[0](levels[0])
-    for scale_head, level in zip(head.scale_heads[1:], levels[1:], strict=True):
-        grown = scale_head(level)
-        total = total + F.interpolate(grown, size=(4, 6), mode="bilinear", align_corners=False)
-    torch.testing.assert_close(head(maps(4, 4, 6)), head.classifier(total))
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    ("pyramid", "grid"), [(False, (4, 6)), (False, (5, 3)), (False, (1, 1)), (True, (4, 6)), (True, (3, 5))]
+)
+def test_fpn_head_sums_its_levels(training: bool, pyramid: bool, grid: tuple[int, int]) -> None:
+    """What is left out as without effect has none: not on the logits, not on gradients, not on running averages."""
+    torch.manual_seed(0)
+    fast = FPNHead(config(pyramid=pyramid, head_dropout=0.0)).train(training)
+    plain = copy.deepcopy(fast)
+    inputs = maps(4, *grid)
+    levels = plain.fpn(inputs if plain.pyramid is None else plain.pyramid(inputs))
+    total = plain.scale_heads[0](levels[0])
+    for scale_head, level in zip(plain.scale_heads[1:], levels[1:], strict=True):
+        total = total + F.interpolate(scale_head(level), size=total.shape[-2:], mode="bilinear", align_corners=False)
+    expected, logits = plain.classifier(total), fast(inputs)
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    for output in (logits, expected):
+        output.square().sum().backward()
+    for (name, parameter), other in zip(fast.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-4, atol=1e-4, msg=name)
+    for buffer, other in zip(fast.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(buffer, other)
 
 
 @pytest.mark.parametrize("head_class", [LinearHead, FPNHead])

@@ -73,18 +73,49 @@ class FeaturePyramid(nn.Module):
         return [conv(level) for conv, level in zip(self.output, laterals, strict=True)]
 
 
-def _scale_head(in_channels: int, channels: int, level: int) -> nn.Sequential:
+class ScaleHead(nn.Sequential):
     """Bring a level of nominal stride 4 * 2**level to stride 4 in steps of convolution and doubling."""
-    layers: list[nn.Module] = []
-    for step in range(max(1, level)):
-        layers += [
-            nn.Conv2d(in_channels if step == 0 else channels, channels, kernel_size=3, padding=1, bias=False),
-            nn.BatchNorm2d(channels),
-            nn.ReLU(),
-        ]
-        if level > 0:
-            layers.append(nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False))
-    return nn.Sequential(*layers)
+
+    def __init__(self, in_channels: int, channels: int, level: int) -> None:
+        layers: list[nn.Module] = []
+        for step in range(max(1, level)):
+            layers += [
+                nn.Conv2d(in_channels if step == 0 else channels, channels, kernel_size=3, padding=1, bias=False),
+                nn.BatchNorm2d(channels),
+                nn.ReLU(),
+            ]
+            if level > 0:
+                layers.append(nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False))
+        super().__init__(*layers)
+
+    def forward(self, level: torch.Tensor, size: tuple[int, int] | None = None) -> torch.Tensor:
+        """Map (b, in_channels, h, w) to (b, channels, 2**level * h, 2**level * w), resized to `size` where given.
+
+        Maps of one stride are doubled up to three times only to be made small again. If the last doubling came from a
+        map an even number of times as fine as `size`, resizing that map gives the same, as both read the mean of the
+        middle 2 x 2 cells; where these are few of all, evaluation computes no others.
+        """
+        if size is None:
+            grown: torch.Tensor = super().forward(level)  # type: ignore[no-untyped-call]
+            return grown
+        *growing, conv, norm, relu, double = self
+        assert isinstance(conv, nn.Conv2d)
+        x = level
+        for layer in growing:
+            x = layer(x)
+        times = x.shape[-1] // size[1]
+        if times % 2 or x.shape[-2:] != (times * size[0], times * size[1]):
+            return _resized(double(relu(norm(conv(x)))), size)
+        if self.training or times == 2:
+            return _resized(relu(norm(conv(x))), size)
+        first = times // 2 - 2  # row and column that the kernel reads first, of every cell
+        corners = (x[..., first + row :, first + column :] for row in (0, 1) for column in (0, 1))
+        read = [relu(norm(F.conv2d(corner, conv.weight, stride=times))) for corner in corners]
+        return torch.stack(read).mean(dim=0)
+
+
+def _resized(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
 
 
 class FPNHead(nn.Module):
@@ -98,7 +129,7 @@ class FPNHead(nn.Module):
         self.pyramid = RescalingPyramid(config.hidden_size, levels) if config.pyramid else None
         self.fpn = FeaturePyramid(config.hidden_size, config.fpn_channels, levels)
         self.scale_heads = nn.ModuleList(
-            _scale_head(config.fpn_channels, config.head_channels, level) for level in range(levels)
+            ScaleHead(config.fpn_channels, config.head_channels, level) for level in range(levels)
         )
         self.dropout = nn.Dropout2d(config.head_dropout)
         self.classifier = Classifier(config.head_channels, config.num_labels)
@@ -107,9 +138,9 @@ class FPNHead(nn.Module):
         """Map levels x (b, d, h, w) to logits (b, classes, h, w); 4h x 4w with the pyramid."""
         levels = self.fpn(maps if self.pyramid is None else self.pyramid(maps))
         total = self.scale_heads[0](levels[0])
+        size = (total.shape[-2], total.shape[-1])
         for scale_head, level in zip(list(self.scale_heads)[1:], levels[1:], strict=True):
-            size = total.shape[-2:]
-            total = total + F.interpolate(scale_head(level), size=size, mode="bilinear", align_corners=False)
+            total = total + scale_head(level, size)
         logits: torch.Tensor = self.classifier(self.dropout(total))
         return logits
 
