@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModel, IJepaConfig, PreTrainedConfig
 from glare import losses, recipes
 from glare.arithmetic import Cluster, Rows, Shape, Work, arithmetic, efficiency, kept_bytes, reduced_bytes, ring_seconds
 from glare.backbones import adapt
+from glare.draws import Draws
 from glare.features import Features, encode
 from glare.geometry import match, random_resized_crops
 from glare.modeling_glare import GlareModel
@@ -97,7 +98,7 @@ class Step:
             recipe.views,
             patch_size=config.patch_size,
             normalise=Normalisation(),
-            generator=seeded(0),
+            draws=Draws(seeded(0), images),
         )
         return cls(recipe, config, student, make_teacher(student), views)
 
@@ -108,8 +109,10 @@ class Step:
 
     def terms(self, student: tuple[Features, Features], teacher: Features) -> Tensor:
         target = self.teacher.objective
-        objective = partial(self.student.objective, target=target, temperature=0.04, generator=seeded(1))
-        return objective(student, teacher, self.views).total
+        places = self.student.objective.places(teacher, self.views, Draws(seeded(1), len(teacher.cls[0])))
+        counts = places.counts()
+        objective = partial(self.student.objective, counts=counts, target=target, temperature=0.04)
+        return objective(student, teacher, places).total
 
     def clean(self) -> None:
         with torch.no_grad(), without_adapters(self.student.backbone):
@@ -281,14 +284,12 @@ def counted_patches(index: Tensor, wanted: Tensor) -> float:
 def test_expected_rows_are_those_of_many_random_crops() -> None:
     count, views, objective = 1000, ViewConfig(), GlareSettings(local_queries=True)
     crop = partial(random_resized_crops, torch.tensor([[512, 512]]).repeat(count, 1), flip_prob=0.5)
-    draw = seeded(0)
-    a, b = (crop(area=views.global_area, generator=draw) for _ in range(2))
+    draws = Draws(seeded(0), count)
+    a, b = (crop(area=views.global_area, draws=draws) for _ in range(2))
     found = match(a, b, (14, 14))
-    inside = crop(area=views.local_area, generator=draw)
+    inside = crop(area=views.local_area, draws=draws)
     in_a, in_b = (match(inside, view, (6, 6), (14, 14))[1] for view in (a, b))
-    mask = sample_patch_mask(
-        count, (14, 14), prob=views.patch_prob, ratio=views.patch_ratio, block=False, generator=draw
-    )
+    mask = sample_patch_mask(draws, (14, 14), prob=views.patch_prob, ratio=views.patch_ratio, block=False)
     rows = Rows.expected(VIT_S, views, objective)
     pairs = 2 * found[1].sum() + 10 * (in_a.sum() + in_b.sum())
     patches = 2 * (found[1] | mask).sum() + 10 * (in_a | in_b).sum()
@@ -296,8 +297,8 @@ def test_expected_rows_are_those_of_many_random_crops() -> None:
     assert rows.augmented == pytest.approx(2 * mask.sum().item() / count, rel=0.05)
     assert rows.patches == pytest.approx(patches.item() / count, rel=0.02)
     for heads, tolerance in ((6, 0.03), (12, 0.07)):
-        attention = torch.rand(count, heads, 196, generator=draw)
-        regions = sample_regions(attention, found, (14, 14), RegionConfig(), generator=draw)
+        attention = draws.rand(heads, 196)
+        regions = sample_regions(attention, found, (14, 14), RegionConfig(), draws=draws)
         rows = Rows.expected(replace(VIT_S, heads=heads), views, objective)
         assert rows.region == pytest.approx(2 * regions.matched.sum().item() / count, rel=0.02)
         distinct = 2 * counted_patches(regions.index, regions.matched)

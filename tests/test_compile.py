@@ -8,6 +8,7 @@ from tiny_models import adapted_model, tiny_vit
 from torch import Tensor, nn
 
 from glare.crops import PackedImages
+from glare.draws import Draws
 from glare.objectives.glare import GlareObjective, GlareSettings
 from glare.regions import RegionConfig
 from glare.runtime import seeded
@@ -47,12 +48,15 @@ def views() -> Views:
     pixels = torch.randint(0, 256, (2 * 32 * 32, 3), generator=generator, dtype=torch.uint8)
     images = PackedImages(pixels, torch.tensor([0, 32 * 32]), torch.full((2, 2), 32))
     config = ViewConfig(global_size=16, local_size=8, num_local=2)
-    return make_views(images, torch.arange(2), config, patch_size=4, normalise=Normalisation(), generator=generator)
+    return make_views(
+        images, torch.arange(2), config, patch_size=4, normalise=Normalisation(), draws=Draws(generator, 2)
+    )
 
 
 def outcome(student: Student, teacher: Student, seen: Views) -> dict[str, Tensor]:
     features = teacher.target_features(seen)
-    terms = student(seen, features, target=teacher, temperature=0.06, generator=seeded(3))
+    places = student.objective.places(features, seen, Draws(seeded(3), 2))
+    terms = student(seen, features, places, counts=places.counts(), target=teacher, temperature=0.06)
     student.zero_grad()
     terms.total.backward()
     gradients = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}

@@ -8,6 +8,7 @@ from reference.resample import crop_and_resize, crop_labels
 
 from glare import crops
 from glare.crops import PackedImages, _filtered, cut, cut_labels, subset
+from glare.draws import Draws
 from glare.geometry import Crop, random_resized_crops
 
 PILLOW_TOLERANCE = 2 / 255  # what is promised; rounding between Pillow's two passes costs about a seventh of it
@@ -100,7 +101,7 @@ def test_random_crops_of_many_images_are_pillows(way: str):
     pack = packed(images)
     index = torch.arange(5).repeat(12)
     crop = random_resized_crops(
-        pack.size[index], area=(0.05, 1.0), flip_prob=0.5, generator=torch.Generator().manual_seed(0)
+        pack.size[index], area=(0.05, 1.0), flip_prob=0.5, draws=Draws(torch.Generator().manual_seed(0), len(index))
     )
     result = WAYS[way](pack, index, crop, size=(48, 48))
     for row, image_number in enumerate(index.tolist()):
@@ -167,7 +168,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch):
     images = packed([noise_image(40, 30, 0), noise_image(17, 60, 1), noise_image(5, 5, 2)])
     index = torch.arange(3).repeat(5)
     crop = random_resized_crops(
-        images.size[index], area=(0.1, 1.0), flip_prob=0.5, generator=torch.Generator().manual_seed(1)
+        images.size[index], area=(0.1, 1.0), flip_prob=0.5, draws=Draws(torch.Generator().manual_seed(1), len(index))
     )
     whole = _filtered(images, index, crop, size=(12, 9))
     for budget in (1, 10_000):

@@ -8,6 +8,7 @@ from reference.correspondence import Box, correspondence, overlap, patch_in_sour
 from torch import Tensor
 
 from glare.crops import cut
+from glare.draws import Draws
 from glare.geometry import Crop, match, patch_centres, random_resized_crops
 
 SIZE = (240, 180)
@@ -15,6 +16,10 @@ SIZE = (240, 180)
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def draws(images: int, seed: int = 0) -> Draws:
+    return Draws(generator(seed), images)
 
 
 def random_boxes(count: int, seed: int, *, whole: bool = True) -> list[Box]:
@@ -187,7 +192,7 @@ def in_px(crop: Crop, size: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("area", [(0.25, 1.0), (0.05, 0.25)])
 def test_crops_lie_on_whole_pixels_inside_the_image(area: tuple[float, float]):
     size = sizes((640, 480), (224, 224), (97, 301), repeat=400)
-    low, high = in_px(random_resized_crops(size, area=area, flip_prob=0.5, generator=generator()), size)
+    low, high = in_px(random_resized_crops(size, area=area, flip_prob=0.5, draws=draws(len(size))), size)
     for edge in (low, high):
         assert (edge - edge.round()).abs().max() < 1e-3
     low, high = low.round(), high.round()
@@ -203,7 +208,7 @@ def test_crops_lie_on_whole_pixels_inside_the_image(area: tuple[float, float]):
 def test_flips_come_with_their_probability():
     size = sizes((100, 100), repeat=2000)
     for prob, low, high in ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), (0.5, 0.45, 0.55)):
-        crop = random_resized_crops(size, area=(0.25, 1.0), flip_prob=prob, generator=generator())
+        crop = random_resized_crops(size, area=(0.25, 1.0), flip_prob=prob, draws=draws(len(size)))
         share = (crop.scale[:, 0] < 0).float().mean()
         assert low <= share <= high
         assert (crop.scale[:, 1] > 0).all()
@@ -217,7 +222,9 @@ def test_crops_follow_torchvisions_rule_in_distribution():
         [random_resized_crop(*size, area=area, ratio=(3 / 4, 4 / 3), draw=draw) for _ in range(count)]
     ).float()
     all_sizes = sizes(size, repeat=count)
-    low, high = in_px(random_resized_crops(all_sizes, area=area, flip_prob=0.5, generator=generator(1)), all_sizes)
+    low, high = in_px(
+        random_resized_crops(all_sizes, area=area, flip_prob=0.5, draws=draws(len(all_sizes), 1)), all_sizes
+    )
     ours = torch.cat([low, high - low], dim=1)
     levels = torch.linspace(0.05, 0.95, 10)
     spread = torch.tensor([300.0, 140.0, 300.0, 140.0])
@@ -227,7 +234,7 @@ def test_crops_follow_torchvisions_rule_in_distribution():
 
 def test_aspect_ratios_are_log_uniform():
     size = sizes((4000, 4000), repeat=4000)
-    crop = random_resized_crops(size, area=(0.01, 0.05), flip_prob=0.0, generator=generator(), ratio=(1 / 4, 4))
+    crop = random_resized_crops(size, area=(0.01, 0.05), flip_prob=0.0, draws=draws(len(size)), ratio=(1 / 4, 4))
     turned = (crop.scale[:, 0] / crop.scale[:, 1]).log() / math.log(4)
     levels = torch.linspace(0.05, 0.95, 10)
     assert (turned.quantile(levels) - (2 * levels - 1)).abs().max() < 0.05
@@ -236,7 +243,7 @@ def test_aspect_ratios_are_log_uniform():
 def test_every_place_is_as_likely_as_every_other():
     """A crop of 4 x 4 px has five places along a side of 8 px, both edges included."""
     size = sizes((8, 8), repeat=5000)
-    crop = random_resized_crops(size, area=(0.25, 0.25), flip_prob=0.5, generator=generator(), ratio=(1, 1))
+    crop = random_resized_crops(size, area=(0.25, 0.25), flip_prob=0.5, draws=draws(len(size)), ratio=(1, 1))
     low, _ = in_px(crop, size)
     for axis in (0, 1):
         share = torch.bincount(low[:, axis].round().long()) / 5000
@@ -249,7 +256,7 @@ def test_every_place_is_as_likely_as_every_other():
 )
 def test_an_extreme_image_gives_its_largest_central_window(size: tuple[int, int], expected: tuple[int, int]):
     all_sizes = sizes(size, repeat=50)
-    crop = random_resized_crops(all_sizes, area=(0.9, 1.0), flip_prob=0.5, generator=generator())
+    crop = random_resized_crops(all_sizes, area=(0.9, 1.0), flip_prob=0.5, draws=draws(len(all_sizes)))
     low, high = (edge.round().long() for edge in in_px(crop, all_sizes))
     assert ((high - low) == torch.tensor(expected)).all()
     spare = all_sizes - (high - low)
@@ -257,7 +264,7 @@ def test_an_extreme_image_gives_its_largest_central_window(size: tuple[int, int]
 
 
 def test_a_one_pixel_image_has_crops_of_any_area():
-    crop = random_resized_crops(sizes((1, 1), repeat=20), area=(0.05, 0.25), flip_prob=0.0, generator=generator())
+    crop = random_resized_crops(sizes((1, 1), repeat=20), area=(0.05, 0.25), flip_prob=0.0, draws=draws(20))
     assert torch.equal(crop.offset, torch.zeros(20, 2)) and torch.equal(crop.scale, torch.ones(20, 2))
 
 
@@ -266,7 +273,7 @@ def test_the_generator_alone_decides():
 
     def draw(seed: int) -> Crop:
         torch.rand(3)  # the global state must not matter
-        return random_resized_crops(size, area=(0.25, 1.0), flip_prob=0.5, generator=generator(seed))
+        return random_resized_crops(size, area=(0.25, 1.0), flip_prob=0.5, draws=draws(len(size), seed))
 
     first, again, other = draw(4), draw(4), draw(5)
     assert torch.equal(first.offset, again.offset) and torch.equal(first.scale, again.scale)

@@ -4,6 +4,7 @@ import torch
 from reference.glare_cases import SETTINGS
 from tiny_models import adapted_model, tiny_vit
 
+from glare.draws import Draws
 from glare.geometry import Crop
 from glare.head_start import FLOOR, start_head, whiten
 from glare.objectives.base import ProjectionHead
@@ -56,13 +57,14 @@ def test_centres_are_the_mean_logits_and_the_targets_say_more() -> None:
 
     def information() -> float:
         with torch.no_grad():
-            health = ours(
-                views, features, target=ours, temperature=0.04, generator=torch.Generator().manual_seed(1)
-            ).health
-        return (health["marginal_entropy"] - health["teacher_entropy"]).item()
+            places = ours.objective.places(features, views, Draws(torch.Generator().manual_seed(1), 3))
+            terms = ours(views, features, places, counts=places.counts(), target=ours, temperature=0.04)
+        assert terms.marginal is not None
+        total, rows = terms.marginal
+        return (torch.special.entr(total / rows).sum() - terms.health["teacher_entropy"]).item()
 
     before = information()
-    start_head(ours, views, temperature=0.04, generator=torch.Generator().manual_seed(1))
+    start_head(ours, views, temperature=0.04, draws=Draws(torch.Generator().manual_seed(1), 3))
     head = ours.objective.head
     with torch.no_grad():
         for level, tokens in (("cls", features.cls.flatten(0, 1)), ("patch", features.patches.flatten(0, 2))):

@@ -17,7 +17,7 @@ from reference.glare_cases import (
 )
 from torch import Tensor, nn
 
-from glare.objectives.glare import DIRECTIONS
+from glare.objectives.places import DIRECTIONS
 
 
 @pytest.fixture(params=CASES)

@@ -99,9 +99,7 @@ def test_inner_blur_blurs_each_patch_by_itself():
     images = torch.randn(2, 3, 16, 24, generator=torch.Generator().manual_seed(0))
     mask = torch.zeros(2, 6, dtype=torch.bool)
     mask[0, [0, 4]] = mask[1, 5] = True
-    result = augment_patches(
-        images, mask, kind="inner_blur", patch_size=8, blur_sigma=0.3125, generator=torch.Generator()
-    )
+    result = augment_patches(images, mask, kind="inner_blur", patch_size=8, blur_sigma=0.3125, generators=[])
     for image, row, column in product(range(2), range(2), range(3)):
         part = (image, slice(None), slice(8 * row, 8 * row + 8), slice(8 * column, 8 * column + 8))
         alone = gaussian_blur(images[part].unsqueeze(0), torch.tensor([2.5]), radius=8)[0]

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from glare.draws import Draws
 from glare.patch_augmentation import augment_patches, sample_patch_mask
 from glare.photometric import gaussian_blur
 
@@ -17,17 +18,18 @@ def generator(seed: int = 0) -> torch.Generator:
 def random_mask(
     count: int = 1000, *, prob: float = 0.5, ratio: tuple[float, float] = (0.1, 0.5), seed: int = 0
 ) -> Tensor:
-    return sample_patch_mask(count, GRID, prob=prob, ratio=ratio, block=False, generator=generator(seed))
+    return sample_patch_mask(Draws(generator(seed), count), GRID, prob=prob, ratio=ratio, block=False)
 
 
 def block_mask(
     count: int = 200, *, grid: tuple[int, int] = GRID, ratio: tuple[float, float] = (0.1, 0.5), seed: int = 0
 ) -> Tensor:
-    return sample_patch_mask(count, grid, prob=1.0, ratio=ratio, block=True, generator=generator(seed))
+    return sample_patch_mask(Draws(generator(seed), count), grid, prob=1.0, ratio=ratio, block=True)
 
 
 def changed(images: Tensor, mask: Tensor, kind: str, *, patch_size: int = 4, seed: int = 0) -> Tensor:
-    return augment_patches(images, mask, kind=kind, patch_size=patch_size, blur_sigma=0.3125, generator=generator(seed))
+    generators = Draws(generator(seed), len(images)).generators()
+    return augment_patches(images, mask, kind=kind, patch_size=patch_size, blur_sigma=0.3125, generators=generators)
 
 
 def in_patches(images: Tensor, size: int) -> Tensor:
@@ -116,7 +118,7 @@ def test_the_first_block_is_a_rectangle_of_allowed_shape():
 @pytest.mark.parametrize("grid", [(1, 1), (2, 2), (3, 8), (6, 6), (16, 16)])
 @pytest.mark.parametrize("block", [False, True])
 def test_any_grid_has_masks(grid: tuple[int, int], block: bool):
-    mask = sample_patch_mask(20, grid, prob=1.0, ratio=(0.1, 1.0), block=block, generator=generator())
+    mask = sample_patch_mask(Draws(generator(), 20), grid, prob=1.0, ratio=(0.1, 1.0), block=block)
     assert mask.shape == (20, grid[0] * grid[1])
     if not block and mask.shape[1] > 10:
         assert mask.any()

@@ -14,6 +14,7 @@ from tiny_models import FAMILIES, adapted_model, tiny_vit, train_a_little
 from torch import Tensor, nn
 
 from glare.backbones import adapt
+from glare.draws import Draws
 from glare.modeling_glare import GlareModel
 from glare.objectives.base import Terms
 from glare.objectives.glare import GlareObjective, GlareSettings
@@ -27,7 +28,7 @@ from glare.plain_step import (
 )
 from glare.pretrain import PretrainRecipe
 from glare.pretrain_plan import Plan
-from glare.pretrain_step import train_step
+from glare.pretrain_step import OBJECTIVE, train_step
 from glare.regions import RegionConfig
 from glare.runtime import Clock, make_accelerator, seeded
 from glare.student import Student
@@ -64,7 +65,7 @@ def make_batch(**changes: Any) -> Views:
         replace(config, **changes),
         patch_size=4,
         normalise=Normalisation(),
-        generator=torch.Generator().manual_seed(0),
+        draws=Draws(torch.Generator().manual_seed(0), 4),
     )
 
 
@@ -101,12 +102,13 @@ def plain(student: Student, teacher: Student) -> PlainState:
 
 def own_terms(student: Student, teacher: Student, views: Views) -> Terms:
     features = teacher.target_features(views)
-    return student(views, features, target=teacher, temperature=TEMPERATURE, generator=seeded(3))
+    places = student.objective.places(features, views, Draws(seeded(3), 4))
+    return student(views, features, places, counts=places.counts(), target=teacher, temperature=TEMPERATURE)
 
 
 def plain_terms(state: PlainState, views: Views) -> Terms:
     target, features = teacher_features(state.teacher, views), student_features(state.student, views)
-    terms = loss_terms(state, features, target, views, temperature=TEMPERATURE, generator=seeded(3))
+    terms = loss_terms(state, features, target, views, temperature=TEMPERATURE, draws=Draws(seeded(3), 4))
     if state.student.anchor:
         terms.losses["anchor"] = anchor_term(state.student, features[0], views)
     return terms
@@ -209,7 +211,12 @@ def test_whole_steps_lead_to_the_same_weights_averages_and_centres(kind: str, ba
     for step in range(3):
         own, _ = train_step(state, wrapped, batch, Plan.of(recipe), accelerator, step=step, clock=Clock())
         ours = plain_step(
-            plain_state, batch, temperature=TEMPERATURE, momentum=0.9, clip=0.3, generator=seeded(0, step, 0, 1)
+            plain_state,
+            batch,
+            temperature=TEMPERATURE,
+            momentum=0.9,
+            clip=0.3,
+            draws=Draws(seeded(0, step, OBJECTIVE), 4),
         )
         assert_close(ours.total, own.total, f"loss at step {step}")
     for part, copy in ((student, plain_state.student), (teacher, plain_state.teacher)):
@@ -240,7 +247,7 @@ def test_nothing_is_shared() -> None:
 def test_the_package_s_networks_stay_as_they_were(batch: Views) -> None:
     student, teacher = networks(adapted_model(tiny_vit()))
     before = own_terms(student, teacher, batch).losses
-    plain_step(plain(student, teacher), batch, temperature=0.04, momentum=0.5, clip=3.0, generator=seeded(0))
+    plain_step(plain(student, teacher), batch, temperature=0.04, momentum=0.5, clip=3.0, draws=Draws(seeded(0), 4))
     after = own_terms(student, teacher, batch).losses
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert all(parameter.grad is None for parameter in student.parameters())
@@ -252,7 +259,7 @@ def test_the_teacher_is_computed_without_gradients(batch: Views) -> None:
     features = teacher_features(state.teacher, batch)
     assert features.attention is not None and features.attention.shape == (2, 4, 2, 36)
     assert not features.patches.requires_grad
-    plain_step(state, batch, temperature=TEMPERATURE, momentum=0.9, clip=3.0, generator=seeded(0))
+    plain_step(state, batch, temperature=TEMPERATURE, momentum=0.9, clip=3.0, draws=Draws(seeded(0), 4))
     assert not any(parameter.requires_grad for parameter in state.teacher.parameters())
 
 
@@ -265,7 +272,7 @@ def test_under_autocast_the_loss_is_about_the_same_and_weights_stay_float32(batc
             temperature=TEMPERATURE,
             momentum=0.9,
             clip=3.0,
-            generator=seeded(0),
+            draws=Draws(seeded(0), 4),
             dtype=dtype,
         )
         for dtype in (torch.float32, torch.bfloat16)

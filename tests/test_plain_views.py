@@ -16,6 +16,7 @@ from torch import Tensor
 from glare import crops
 from glare import photometric as batched
 from glare.crops import PackedImages
+from glare.draws import Draws
 from glare.patch_augmentation import augment_patches
 from glare.plain_views import ENHANCERS, LoadedViews, collate, photometric, turn_hue, view_loader
 from glare.runtime import epoch_batches
@@ -81,7 +82,7 @@ def test_shapes_are_those_of_the_packages_views(
 ) -> None:
     config = replace(SMALL, num_local=num_local)
     own = make_views(
-        packed(arrays), torch.tensor([0, 1]), config, patch_size=8, normalise=PLAIN, generator=torch.Generator()
+        packed(arrays), torch.tensor([0, 1]), config, patch_size=8, normalise=PLAIN, draws=Draws(torch.Generator(), 2)
     )
     (made,) = load(config)
     assert [(t.shape, t.dtype) for t in tensors(made)] == [(t.shape, t.dtype) for t in tensors(own)]
@@ -137,7 +138,7 @@ def test_the_students_views_are_changed_where_the_mask_says(
             kind="blur",
             patch_size=8,
             blur_sigma=config.patch_blur_sigma,
-            generator=torch.Generator(),
+            generators=[],
         )
         torch.testing.assert_close(made.augmented.flatten(0, 1), expected, atol=1e-6, rtol=0)
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from glare.draws import Draws
 from glare.regions import RegionConfig, Regions, sample_regions
 
 GRID = (14, 14)
@@ -10,6 +11,10 @@ HEADS = 6
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def draws(images: int, seed: int = 0) -> Draws:
+    return Draws(generator(seed), images)
 
 
 def inputs(images: int = 8, heads: int = HEADS, grid: tuple[int, int] = GRID, *, share: float = 0.5, seed: int = 0):
@@ -23,7 +28,7 @@ def inputs(images: int = 8, heads: int = HEADS, grid: tuple[int, int] = GRID, *,
 
 def sample(config: RegionConfig | None = None, *, grid: tuple[int, int] = GRID, seed: int = 0, **given) -> Regions:
     attention, match = inputs(grid=grid, **given)
-    return sample_regions(attention, match, grid, config or RegionConfig(), generator=generator(seed))
+    return sample_regions(attention, match, grid, config or RegionConfig(), draws=draws(len(attention), seed))
 
 
 def patches(regions: Regions, image: int, region: int) -> list[int]:
@@ -82,7 +87,7 @@ def test_sides_are_uniform_and_independent():
 def test_a_region_holds_the_most_attended_patch_with_a_correspondence(share: float, anchor: str):
     attention, (index, valid) = inputs(share=share)
     config = RegionConfig(anchor=anchor)
-    regions = sample_regions(attention, (index, valid), GRID, config, generator=generator())
+    regions = sample_regions(attention, (index, valid), GRID, config, draws=draws(len(attention)))
     for image, region, chosen in each(regions):
         if not valid[image].any():
             continue
@@ -96,7 +101,7 @@ def test_a_region_holds_the_most_attended_patch_with_a_correspondence(share: flo
 
 def test_correspondence_is_carried_along():
     attention, (index, valid) = inputs()
-    regions = sample_regions(attention, (index, valid), GRID, RegionConfig(), generator=generator())
+    regions = sample_regions(attention, (index, valid), GRID, RegionConfig(), draws=draws(len(attention)))
     for image in range(8):
         for region in range(HEADS):
             for place in range(49):
@@ -113,7 +118,7 @@ def test_correspondence_is_carried_along():
 def test_every_region_has_a_matched_patch_if_its_image_has_one():
     for seed in range(20):
         attention, (index, valid) = inputs(share=0.02, seed=seed)
-        regions = sample_regions(attention, (index, valid), GRID, RegionConfig(), generator=generator(seed))
+        regions = sample_regions(attention, (index, valid), GRID, RegionConfig(), draws=draws(len(attention), seed))
         assert torch.equal(regions.matched.any(dim=2), valid.any(dim=1, keepdim=True).expand(8, HEADS))
 
 
@@ -129,7 +134,7 @@ def test_random_starts_do_not_look_at_attention():
     attention[:] = 0
     attention[:, :, 100] = 1
     config = RegionConfig(sampling="random", min_side=1, max_side=1)
-    regions = sample_regions(attention, match, GRID, config, generator=generator())
+    regions = sample_regions(attention, match, GRID, config, draws=draws(len(attention)))
     counts = torch.bincount(regions.index.flatten(), minlength=196) / regions.index.numel()
     assert counts.max() < 5 / 196 and (counts > 0).float().mean() > 0.95
 
@@ -137,7 +142,7 @@ def test_random_starts_do_not_look_at_attention():
 def test_random_starts_have_a_correspondence():
     attention, (index, valid) = inputs(share=0.1)
     config = RegionConfig(sampling="random", min_side=1, max_side=1)
-    regions = sample_regions(attention, (index, valid), GRID, config, generator=generator())
+    regions = sample_regions(attention, (index, valid), GRID, config, draws=draws(len(attention)))
     assert valid.gather(1, regions.index.flatten(1)).all()
 
 
@@ -151,7 +156,7 @@ def test_one_region_a_head_or_as_many_as_asked_for(heads: int, count: int | None
     config = RegionConfig(count=count, min_side=1, max_side=1)
     seen = []
     for seed in range(40):
-        regions = sample_regions(attention, match, GRID, config, generator=generator(seed))
+        regions = sample_regions(attention, match, GRID, config, draws=draws(len(attention), seed))
         used = [patch // 14 for patch in regions.index[0, :, 0].tolist()]
         assert torch.equal(regions.index[0], regions.index[1]), "one choice of heads for the batch"
         seen.append(tuple(used))
@@ -201,8 +206,8 @@ def test_the_generator_alone_decides():
 def test_attention_of_low_precision_is_read_too():
     attention, match = inputs()
     half = attention.to(torch.bfloat16)
-    expected = sample_regions(half.float(), match, GRID, RegionConfig(), generator=generator())
-    found = sample_regions(half, match, GRID, RegionConfig(), generator=generator())
+    expected = sample_regions(half.float(), match, GRID, RegionConfig(), draws=draws(len(half)))
+    found = sample_regions(half, match, GRID, RegionConfig(), draws=draws(len(half)))
     assert torch.equal(found.index, expected.index)
 
 

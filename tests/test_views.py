@@ -6,6 +6,7 @@ from reference.builders import coordinate_image, noise_image, packed
 from torch import Tensor
 
 from glare.crops import PackedImages, cut
+from glare.draws import Draws
 from glare.geometry import Crop, match
 from glare.photometric import gaussian_blur, grey, solarize
 from glare.views import Normalisation, ViewConfig, Views, make_views
@@ -30,13 +31,14 @@ def views(
     seed: int = 0,
 ) -> Views:
     pack = images() if pack is None else pack
+    index = torch.arange(len(pack)) if index is None else index
     return make_views(
         pack,
-        torch.arange(len(pack)) if index is None else index,
+        index,
         config,
         patch_size=patch_size,
         normalise=normalise,
-        generator=torch.Generator().manual_seed(seed),
+        draws=Draws(torch.Generator().manual_seed(seed), len(index)),
     )
 
 

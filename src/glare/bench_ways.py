@@ -13,13 +13,14 @@ from accelerate import Accelerator
 from glare import plain_step
 from glare.backbones import adapt, load_backbone, read_normalisation
 from glare.crops import PackedImages, fits
+from glare.draws import Draws
 from glare.modeling_glare import GlareModel
 from glare.objectives.base import Terms
 from glare.plain_step import PlainState
 from glare.plain_views import LoadedViews, view_loader
 from glare.pretrain import PretrainRecipe, make_student
 from glare.pretrain_plan import Plan
-from glare.pretrain_step import cut_views, train_step
+from glare.pretrain_step import OBJECTIVE, cut_views, train_step
 from glare.runtime import Clock, epoch_batches, seeded
 from glare.student import Student
 from glare.teacher import make_teacher
@@ -174,11 +175,9 @@ class PlainWay:
             with clock.measure("student"):
                 student = plain_step.student_features(state.student, views)
             with clock.measure("heads and losses"):
-                generator = seeded(plan.seed, self.done, 1)
+                draws = Draws(seeded(plan.seed, self.done, OBJECTIVE), plan.batch_size)
                 temperature = plan.temperature_at(self.done)
-                terms = plain_step.loss_terms(
-                    state, student, teacher, views, temperature=temperature, generator=generator
-                )
+                terms = plain_step.loss_terms(state, student, teacher, views, temperature=temperature, draws=draws)
         with clock.measure("backward"):
             terms.total.backward()
         with clock.measure("update"):

@@ -14,7 +14,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,11 @@ class Features:
     cls: Tensor
     patches: Tensor
     attention: Tensor | None = None
+
+    def of(self, images: slice) -> Self:
+        """The features of some of the images."""
+        attention = None if self.attention is None else self.attention[:, images]
+        return type(self)(self.cls[:, images], self.patches[:, images], attention)
 
 
 @dataclass

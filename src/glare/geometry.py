@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from glare.draws import Draws
+
 Grid = tuple[int, int]
 """(rows, columns) of patches."""
 
@@ -36,7 +38,7 @@ class Crop:
         """Points (..., n, 2) of the source image -> the same points in the view; outside [0, 1] when not in it."""
         return (source_unit - self.offset.unsqueeze(-2)) / self.scale.unsqueeze(-2)
 
-    def __getitem__(self, index: int | slice | Tensor) -> "Crop":
+    def __getitem__(self, index: int | slice | Tensor | tuple[slice, slice]) -> "Crop":
         return Crop(self.offset[index], self.scale[index])
 
     def flatten(self) -> "Crop":
@@ -97,7 +99,7 @@ def random_resized_crops(
     *,
     area: tuple[float, float],
     flip_prob: float,
-    generator: torch.Generator,
+    draws: Draws,
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> Crop:
     """One random resized crop an image, on whole pixels, with the sampling rule of torchvision's RandomResizedCrop.
@@ -106,18 +108,17 @@ def random_resized_crops(
         size_px: (n, 2) int64, (width, height) of each source image.
         area: lowest and highest share of the image's area, 0 < low <= high <= 1.
         flip_prob: probability of a horizontal flip.
-        generator: source of the draws, on the CPU.
+        draws: of the n images.
         ratio: lowest and highest width / height, drawn log-uniformly.
 
     Returns:
         Crops (n, 2) on the CPU. Where no draw of ten fits, the largest central window of allowed ratio.
     """
     size_px = size_px.cpu()
-    count = len(size_px)
     width, height = size_px[:, :1].double(), size_px[:, 1:].double()
 
     def uniform(low: float, high: float, columns: int = ATTEMPTS) -> Tensor:
-        return torch.rand((count, columns), generator=generator, dtype=torch.float64) * (high - low) + low
+        return draws.rand(columns, dtype=torch.float64) * (high - low) + low
 
     target = uniform(*area) * width * height
     aspect = uniform(math.log(ratio[0]), math.log(ratio[1])).exp()
@@ -125,7 +126,7 @@ def random_resized_crops(
     crop_h = (target / aspect).sqrt().round()
     fits = (crop_w >= 1) & (crop_w <= width) & (crop_h >= 1) & (crop_h <= height)
     fallback_w, fallback_h = _largest_window(width, height, ratio)
-    first = torch.cat([fits, torch.ones(count, 1, dtype=torch.bool)], dim=1).int().argmax(dim=1, keepdim=True)
+    first = torch.cat([fits, torch.ones(len(size_px), 1, dtype=torch.bool)], dim=1).int().argmax(dim=1, keepdim=True)
     crop_w = torch.cat([crop_w, fallback_w], dim=1).gather(1, first)
     crop_h = torch.cat([crop_h, fallback_h], dim=1).gather(1, first)
     place = torch.where(first < ATTEMPTS, uniform(0, 1, 2), 0.5)

@@ -9,6 +9,7 @@ mean logits of these images instead of zero.
 import torch
 from torch import Tensor, nn
 
+from glare.draws import Draws
 from glare.gram import eigh, gram
 from glare.objectives.base import ProjectionHead
 from glare.student import Student
@@ -20,18 +21,19 @@ EPS = 1e-12  # variance, for rows that are all the same
 
 
 @torch.no_grad()
-def start_head(student: Student, views: Views, *, temperature: float, generator: torch.Generator) -> None:
+def start_head(student: Student, views: Views, *, temperature: float, draws: Draws) -> None:
     """Whiten the head's bottleneck on the tokens of clean global views and set the centres to the mean logits.
 
     Args:
         student: a backbone with a fresh objective, before the teacher is made from it.
         views: of the first images.
         temperature: of the teacher at the first step.
-        generator: of the objective's draws.
+        draws: of these images, for the objective.
     """
     features = student.target_features(views)
     whiten(student.objective.head, torch.cat([features.patches.flatten(0, 2), features.cls.flatten(0, 1)]))
-    terms = student(views, features, target=student, temperature=temperature, generator=generator)
+    places = student.objective.places(features, views, draws)
+    terms = student(views, features, places, counts=places.counts(), target=student, temperature=temperature)
     student.objective.update(terms.batch_sums, momentum=0.0)
 
 

@@ -16,20 +16,21 @@ from glare.data.cache import pack
 from glare.data.sources import Images, open_source
 from glare.data_advice import Needs, advice, describe, to_json
 from glare.data_check import DataCheck, check_data
+from glare.draws import Draws
 from glare.errors import UserError
 from glare.features import encode, use_packed_attention
-from glare.geometry import match
 from glare.inspection_sheet import Sampled, sheet
 from glare.model_names import EMBEDDED
 from glare.modeling_glare import GlareModel
-from glare.objectives.glare import DIRECTIONS, GlareSettings
+from glare.objectives.glare import GlareSettings
+from glare.objectives.places import find_matches, find_regions
 from glare.pretrain import PretrainRecipe, resolve
-from glare.pretrain_step import cut_views
+from glare.pretrain_step import OBJECTIVE, cut_views
 from glare.recipes import option, required
-from glare.regions import Regions, sample_regions
+from glare.regions import Regions
 from glare.run_folder import atomic_write_json, atomic_write_png
 from glare.runtime import epoch_batches, make_accelerator, seeded
-from glare.views import Normalisation, Views
+from glare.views import Normalisation
 
 OWN_KEYS = ("num_images", "json")
 
@@ -127,22 +128,15 @@ def draw(
     use_packed_attention(model.backbone)
     model.backbone.eval().to(accelerator.device)
     with torch.no_grad(), accelerator.autocast():
-        attention = encode(model.backbone, [views.global_], attention=True)[0].attention
-    assert attention is not None
-    regions = draw_regions(attention, views, recipe.glare, generator=seeded(recipe.seed, 0, 0, 1))
+        features = encode(model.backbone, [views.global_], attention=True)[0]
+    assert features.attention is not None
+    matches = find_matches(views, min_overlap=recipe.glare.min_overlap, local_queries=False)
+    draws = Draws(seeded(recipe.seed, 0, OBJECTIVE), count)
+    regions = find_regions(features, matches, views, recipe.glare.regions, draws)
     pictures = [packed.images.image(index).numpy() for index in range(count)]
-    return Sampled(packed.names, pictures, views, maps_of_regions(attention, regions[0], recipe.glare), regions)
-
-
-def draw_regions(
-    attention: Tensor, views: Views, settings: GlareSettings, *, generator: torch.Generator
-) -> tuple[Regions, Regions]:
-    """The regions of both global views; ``attention`` (2, b, heads, n)."""
-    regions = []
-    for a, b in DIRECTIONS:
-        found = match(views.global_crops[a], views.global_crops[b], views.grid, min_iou=settings.min_overlap)
-        regions.append(sample_regions(attention[a], found, views.grid, settings.regions, generator=generator))
-    return regions[0], regions[1]
+    return Sampled(
+        packed.names, pictures, views, maps_of_regions(features.attention, regions[0], recipe.glare), regions
+    )
 
 
 def maps_of_regions(attention: Tensor, regions: Regions, settings: GlareSettings) -> Tensor:

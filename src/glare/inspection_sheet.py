@@ -70,7 +70,7 @@ class Sampled:
     pictures: list[Pixels]
     views: Views
     attention: Tensor
-    regions: tuple[Regions, Regions]
+    regions: tuple[Regions, ...]
 
 
 def sheet(

@@ -6,33 +6,35 @@ pixels stay as they are and the encoder gets the mask (see ``features.encode``).
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from glare.draws import Draws
 from glare.geometry import Grid
 from glare.photometric import gaussian_blur
 
 BLOCK_ATTEMPTS = 10  # of BEiT's block masking, as in iBOT
 BLOCK_ASPECT = 0.3
+RANDOM = ("noise", "rotation")  # what is done to a patch is drawn, too
 NOISE_STD = 1.0  # in units of the normalised image
 
 
-def sample_patch_mask(
-    count: int, grid: Grid, *, prob: float, ratio: tuple[float, float], block: bool, generator: torch.Generator
-) -> Tensor:
-    """Patches to augment, (count, rows * columns) bool, on the CPU.
+def sample_patch_mask(draws: Draws, grid: Grid, *, prob: float, ratio: tuple[float, float], block: bool) -> Tensor:
+    """Patches to augment of one view of each image, (b, rows * columns) bool, on the CPU.
 
     An image is left alone with probability 1 - ``prob``; otherwise ``int(r * patches)`` of its patches are chosen
     with r ~ U(ratio), at random places or in BEiT's blocks, as iBOT samples its masks (paper section 7.2).
     """
     patches = grid[0] * grid[1]
-    active = torch.rand(count, generator=generator) < prob
-    share = torch.rand(count, generator=generator) * (ratio[1] - ratio[0]) + ratio[0]
+    active = draws.rand() < prob
+    share = draws.rand() * (ratio[1] - ratio[0]) + ratio[0]
     wanted = torch.where(active, (share * patches).long(), 0)
     if block:
-        return torch.stack([_block_mask(int(n), grid, generator) for n in wanted])
-    rank = torch.rand((count, patches), generator=generator).argsort(dim=1).argsort(dim=1)
+        chosen = zip(wanted.tolist(), draws.generators(), strict=True)
+        return torch.stack([_block_mask(count, grid, generator) for count, generator in chosen])
+    rank = draws.rand(patches).argsort(dim=1).argsort(dim=1)
     return rank < wanted.unsqueeze(1)
 
 
@@ -64,7 +66,13 @@ def _random_block(grid: Grid, *, area: tuple[int, int], generator: torch.Generat
 
 
 def augment_patches(
-    images: Tensor, mask: Tensor, *, kind: str, patch_size: int, blur_sigma: float, generator: torch.Generator
+    images: Tensor,
+    mask: Tensor,
+    *,
+    kind: str,
+    patch_size: int,
+    blur_sigma: float,
+    generators: Sequence[torch.Generator],
 ) -> Tensor:
     """X_m of paper eq. 8: the views with the chosen patches changed, every other pixel bit-equal.
 
@@ -76,7 +84,7 @@ def augment_patches(
             or 270 degrees), or ``mask`` (left to the encoder, the images come back as given).
         patch_size: side of a patch in px.
         blur_sigma: of both blurs, in patch sides.
-        generator: for noise and rotation, on the CPU.
+        generators: of each of the n images, on the CPU; only the kinds in ``RANDOM`` need them.
     """
     rows = mask.any(dim=1).nonzero().squeeze(1)
     if kind == "mask" or not len(rows):
@@ -86,13 +94,16 @@ def augment_patches(
     if kind == "blur":
         changed = torch.where(where, _blur(chosen, blur_sigma * patch_size), chosen)
     elif kind == "noise":
-        noise = torch.randn(chosen.shape, generator=generator).to(chosen)
-        changed = torch.where(where, chosen + NOISE_STD * noise, chosen)
+        noise = torch.stack([torch.randn(chosen.shape[1:], generator=generators[row]) for row in rows.tolist()])
+        changed = torch.where(where, chosen + NOISE_STD * noise.to(chosen), chosen)
     else:
         patches = _split(chosen, patch_size)
         picked = patches[mask[rows]]
-        rotated = kind == "rotation"
-        patches[mask[rows]] = _rotate(picked, generator) if rotated else _blur(picked, blur_sigma * patch_size)
+        if kind == "rotation":
+            turns = torch.stack([_turns(mask.shape[1], generators[row]) for row in rows.tolist()]).to(mask.device)
+            patches[mask[rows]] = _rotate(picked, turns[mask[rows]])
+        else:
+            patches[mask[rows]] = _blur(picked, blur_sigma * patch_size)
         changed = _join(patches, chosen.shape)
     return images.index_copy(0, rows, changed)
 
@@ -123,10 +134,13 @@ def _blur(images: Tensor, sigma_px: float) -> Tensor:
     return gaussian_blur(images, sigma, radius=math.ceil(3 * sigma_px))
 
 
-def _rotate(patches: Tensor, generator: torch.Generator) -> Tensor:
-    """Each of (k, c, p, p) by one, two or three quarter turns."""
-    turns = torch.randint(1, 4, (len(patches), 1, 1, 1), generator=generator).to(patches.device)
+def _turns(patches: int, generator: torch.Generator) -> Tensor:
+    return torch.randint(1, 4, (patches,), generator=generator)
+
+
+def _rotate(patches: Tensor, turns: Tensor) -> Tensor:
+    """Each of (k, c, p, p) by its number of quarter turns (k,), 1 to 3."""
     turned = patches
     for quarter in (1, 2, 3):
-        turned = torch.where(turns == quarter, patches.rot90(quarter, dims=(2, 3)), turned)
+        turned = torch.where(turns.view(-1, 1, 1, 1) == quarter, patches.rot90(quarter, dims=(2, 3)), turned)
     return turned

@@ -12,7 +12,7 @@ is that of DINO, iBOT and UDI:
 
 Where research code merely waits (a host synchronisation for every gradient norm, ``log_softmax`` anew for each pair of
 views) this code does not. Two things differ from theirs since the loss must be the same: the logits are float32 under
-autocast too, as the package's are, and draws come from an explicit generator.
+autocast too, as the package's are, and draws are explicit.
 
 Processes, checkpoints and loss scaling (float16) are left out.
 """
@@ -27,11 +27,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, log_softmax
 
+from glare.draws import Draws
 from glare.features import Features
 from glare.geometry import match
 from glare.losses import STUDENT_TEMPERATURE, masked_mean, teacher_probabilities
 from glare.objectives.base import Terms
-from glare.objectives.glare import DIRECTIONS, GlareObjective
+from glare.objectives.glare import GlareObjective
+from glare.objectives.places import DIRECTIONS
 from glare.regions import Regions, sample_regions
 from glare.student import Student, without_adapters
 from glare.train_state import parameter_groups
@@ -107,7 +109,7 @@ def plain_step(
     temperature: float,
     momentum: float,
     clip: float,
-    generator: torch.Generator,
+    draws: Draws,
     dtype: torch.dtype = torch.float32,
 ) -> Terms:
     """One whole step: both forward passes, loss, backward, optimizer, teacher and centres.
@@ -118,13 +120,13 @@ def plain_step(
         temperature: of the teacher.
         momentum: of the teacher's moving average.
         clip: largest gradient norm of each parameter.
-        generator: source of the regions, on the CPU.
+        draws: of the regions.
         dtype: of autocast, float32 (none) or bfloat16.
     """
     with torch.autocast(views.global_.device.type, dtype=dtype, enabled=dtype != torch.float32):
         teacher = teacher_features(state.teacher, views)
         student = student_features(state.student, views)
-        terms = loss_terms(state, student, teacher, views, temperature=temperature, generator=generator)
+        terms = loss_terms(state, student, teacher, views, temperature=temperature, draws=draws)
         if state.student.anchor:
             terms.losses["anchor"] = anchor_term(state.student, student[0], views)
     terms.total.backward()
@@ -158,7 +160,7 @@ def loss_terms(
     views: Views,
     *,
     temperature: float,
-    generator: torch.Generator,
+    draws: Draws,
 ) -> Terms:
     """The objective's terms and batch sums; ``student`` and ``teacher`` from the functions above."""
     heads = _Heads(state.student.objective, state.teacher.objective, temperature)
@@ -169,7 +171,7 @@ def loss_terms(
     if "glob" in config.terms:
         losses["glob"], sums["cls"] = _global_term(heads, torch.cat([part.cls for part in student]), teacher.cls)
     if "reg" in config.terms:
-        losses["reg"], sums["region"] = _regional_term(heads, student[0], teacher, views, matches, generator)
+        losses["reg"], sums["region"] = _regional_term(heads, student[0], teacher, views, matches, draws)
     if "loc1" in config.terms or "loc2" in config.terms:
         log_prob = heads.log_prob(student[0].patches)
         logits, prob = heads.targets(teacher.patches, "patch")
@@ -255,16 +257,14 @@ def _regional_term(
     teacher: Features,
     views: Views,
     matches: Sequence[tuple[Tensor, Tensor]],
-    generator: torch.Generator,
+    draws: Draws,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """L_reg, eq. 7: every place of the padded regions goes through attention and head, then the mean over matches."""
     if teacher.attention is None:
         raise ValueError("the regional term needs Features.attention of the teacher")
     means, totals, rows = [], [], []
     for (a, b), found in zip(DIRECTIONS, matches, strict=True):
-        regions = sample_regions(
-            teacher.attention[a], found, views.grid, heads.student.config.regions, generator=generator
-        )
+        regions = sample_regions(teacher.attention[a], found, views.grid, heads.student.config.regions, draws=draws)
         query = _take(student.patches[a], regions.index)
         log_prob = heads.log_prob(heads.student.cross_attention(query, student.patches[a]))
         logits, prob = heads.targets(_read_matched(heads.teacher, query, teacher.patches[b], regions), "region")

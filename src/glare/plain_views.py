@@ -16,6 +16,7 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from glare.draws import Draws
 from glare.geometry import Crop, random_resized_crops
 from glare.patch_augmentation import augment_patches, sample_patch_mask
 from glare.runtime import epoch_batches, seeded
@@ -80,12 +81,11 @@ class ImageViews(Dataset[LoadedViews]):
         )
         grid = (config.global_size // self.patch_size, config.global_size // self.patch_size)
         mask = sample_patch_mask(
-            NUM_GLOBAL,
+            Draws(generator, NUM_GLOBAL),
             grid,
             prob=config.patch_prob if config.patch_augmentation != "none" else 0.0,
             ratio=config.patch_ratio,
             block=config.patch_sampling == "block",
-            generator=generator,
         )
         augmented = torch.stack([self._augment(*pair, generator) for pair in zip(global_, mask, strict=True)])
         pixels = [views.unsqueeze(1) for views in (global_, augmented, local)]
@@ -102,7 +102,8 @@ class ImageViews(Dataset[LoadedViews]):
     ) -> tuple[Tensor, Crop]:
         """Views of one size (len(kinds), 3, side, side), and where they were cut (len(kinds), 1, 2)."""
         size_px = torch.tensor([image.size]).expand(len(kinds), 2)
-        crops = random_resized_crops(size_px, area=area, flip_prob=self.config.flip_prob, generator=generator)
+        draws = Draws(generator, len(kinds))
+        crops = random_resized_crops(size_px, area=area, flip_prob=self.config.flip_prob, draws=draws)
         views = torch.empty(len(kinds), 3, side, side)
         for place, kind in enumerate(kinds):
             view = photometric(cut(image, crops[place], side=side), self.config, kind=kind, generator=generator)
@@ -117,7 +118,7 @@ class ImageViews(Dataset[LoadedViews]):
             kind=self.config.patch_augmentation,
             patch_size=self.patch_size,
             blur_sigma=self.config.patch_blur_sigma,
-            generator=generator,
+            generators=[generator],
         ).squeeze(0)
 
 

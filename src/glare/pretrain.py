@@ -15,13 +15,14 @@ from glare.backbones import ADAPTERS, adapt, load_backbone, read_normalisation
 from glare.crops import PackedImages, fits, subset
 from glare.data.cache import pack
 from glare.data.sources import open_source
+from glare.draws import Draws
 from glare.errors import UserError
 from glare.figures import write_report
 from glare.model_card import write_card
 from glare.modeling_glare import GlareModel
 from glare.objectives.glare import GlareObjective, GlareSettings
 from glare.pretrain_log import describe, measurements, progress_text
-from glare.pretrain_plan import Plan, derive_model, derive_optimisation, derive_steps, overlay
+from glare.pretrain_plan import Plan, check_shares, derive_model, derive_optimisation, derive_steps, overlay
 from glare.pretrain_step import cut_views, train_step
 from glare.price import Meter, trained_parameters
 from glare.recipes import option, required
@@ -58,6 +59,7 @@ class PretrainRecipe:
     steps: int | None = option(None, "optimizer steps; derived from the number of images where not given")
     epochs: int | None = option(None, "passes over the images, instead of steps")
     batch_size: int | None = option(None, "images a step over all processes; 8 on a CPU, 64 on a GPU where not given")
+    gradient_accumulation_steps: int = option(1, "parts of a batch that are computed one after another, to save memory")
     learning_rate: float | None = option(None, "peak; derived where not given")
     min_learning_rate: float = option(1e-6, "at the end of the cosine")
     warmup_steps: int | None = option(None, "linear warm-up; derived where not given")
@@ -194,11 +196,7 @@ def resolve(
     """The complete recipe, and the keys of it that were derived from the data."""
     asked = recipes.from_dict(PretrainRecipe, given)
     batch_size = asked.batch_size or min(num_images, 8 if accelerator.device.type == "cpu" else 64)
-    if batch_size % accelerator.num_processes:
-        raise UserError(
-            f"batch_size {batch_size} does not divide by {accelerator.num_processes} processes; "
-            f"give a multiple of {accelerator.num_processes}"
-        )
+    check_shares(batch_size, accelerator.num_processes, asked.gradient_accumulation_steps)
     per_epoch = max(1, num_images // batch_size)
     steps = asked.steps or (asked.epochs * per_epoch if asked.epochs else derive_steps(num_images, batch_size))
     derived = {
@@ -246,13 +244,13 @@ def fit_head(
     """Fit the fresh head to the run's first images, the same on every process."""
     count = len(images)
     index = next(epoch_batches(count, min(count, head_start.IMAGES), seed=recipe.seed))
-    first, generator = subset(images, index).to(accelerator.device), seeded(recipe.seed, 0)
+    first, draws = subset(images, index).to(accelerator.device), Draws(seeded(recipe.seed, 0), len(index))
     views = make_views(
-        first, torch.arange(len(index)), recipe.views, patch_size=patch_size, normalise=normalise, generator=generator
+        first, torch.arange(len(index)), recipe.views, patch_size=patch_size, normalise=normalise, draws=draws
     )
     with accelerator.autocast():
         temperature = Plan.of(recipe).temperature_at(0)
-        head_start.start_head(student, views, temperature=temperature, generator=generator)
+        head_start.start_head(student, views, temperature=temperature, draws=draws)
 
 
 def save(

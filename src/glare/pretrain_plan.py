@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
+from glare.errors import UserError
 from glare.schedules import cosine, linear, warmup_cosine
 
 SMALL_RUN_VISITS = 50_000  # images seen in a run below which the small head and fewer local views are enough
@@ -21,6 +22,7 @@ class Plan:
 
     steps: int
     batch_size: int
+    gradient_accumulation_steps: int
     learning_rate: float
     min_learning_rate: float
     warmup_steps: int
@@ -51,6 +53,18 @@ class Plan:
         """Of the teacher: linear ramp over the first ``temperature_ramp`` of the steps."""
         start, end = self.teacher_temperature
         return linear(step, steps=round(self.temperature_ramp * self.steps), start=start, end=end)
+
+
+def check_shares(batch_size: int, processes: int, accumulation: int) -> None:
+    """Raise UserError where a batch cannot be shared out equally over processes and their passes."""
+    if accumulation < 1:
+        raise UserError(f"gradient_accumulation_steps is {accumulation}; give 1 or more")
+    if batch_size % (processes * accumulation):
+        passes = f" times {accumulation} gradient_accumulation_steps" if accumulation > 1 else ""
+        raise UserError(
+            f"batch_size {batch_size} does not divide by {processes} processes{passes}; "
+            f"give a multiple of {processes * accumulation}"
+        )
 
 
 def derive_steps(num_images: int, batch_size: int) -> int:

@@ -1,10 +1,18 @@
-"""One step of pre-training (paper section 4): views, teacher, student, gradients, and what follows from them."""
+"""One step of pre-training (paper section 4): views, teacher, student, gradients, and what follows from them.
+
+A batch is shared out over processes, and the share of a process over several passes where gradients are accumulated.
+Draws belong to images and every mean runs over the whole batch, so the step is the same however it is shared out.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from glare.crops import PackedImages, subset
+from glare.draws import Draws
 from glare.errors import UserError
 from glare.objectives.base import Terms
 from glare.pretrain_plan import Plan
@@ -12,6 +20,16 @@ from glare.runtime import Clock, seeded
 from glare.teacher import update_teacher
 from glare.train_state import TrainState, clip_each
 from glare.views import Normalisation, ViewConfig, Views, make_views
+
+VIEWS, OBJECTIVE = 1, 2
+"""What a step draws for: the last part of the seed of its generator."""
+
+
+def draws_of(accelerator: Accelerator, total: int, *, seed: int, step: int, purpose: int) -> Draws:
+    """Random numbers of this process's share of a batch."""
+    count = total // accelerator.num_processes
+    first = count * accelerator.process_index
+    return Draws(seeded(seed, step, purpose), total, slice(first, first + count))
 
 
 def cut_views(
@@ -26,12 +44,11 @@ def cut_views(
     normalise: Normalisation,
 ) -> Views:
     """This process's share of a batch, cut and augmented on the device."""
-    rank, world = accelerator.process_index, accelerator.num_processes
-    index = batch.view(world, -1)[rank]
+    draws = draws_of(accelerator, len(batch), seed=seed, step=step, purpose=VIEWS)
+    index = batch[draws.share]
     if images.pixels.device != accelerator.device:
         images, index = subset(images, index).to(accelerator.device), torch.arange(len(index))
-    generator = seeded(seed, step, rank, 0)
-    return make_views(images, index, config, patch_size=patch_size, normalise=normalise, generator=generator)
+    return make_views(images, index, config, patch_size=patch_size, normalise=normalise, draws=draws)
 
 
 def train_step(
@@ -46,30 +63,54 @@ def train_step(
 ) -> tuple[Terms, Tensor]:
     """One optimizer step, then the teacher and the centres follow. Raises UserError when the loss is not finite.
 
+    ``views`` are this process's share. Returns the terms of the whole batch, without gradient, and the gradient norm.
     ``clock`` gets the parts "teacher", "student" (with heads and losses), "backward" and "update".
     """
+    processes = accelerator.num_processes
     with clock.measure("teacher"), accelerator.autocast():
+        draws = draws_of(accelerator, plan.batch_size, seed=plan.seed, step=step, purpose=OBJECTIVE)
         features = state.teacher.target_features(views)
-    with clock.measure("student"), accelerator.autocast():
-        terms: Terms = wrapped(
-            views,
-            features,
-            target=state.teacher,
-            temperature=plan.temperature_at(step),
-            generator=seeded(plan.seed, step, accelerator.process_index, 1),
-        )
-        total = terms.total
+        places = state.student.objective.places(features, views, draws)
+        counts = added_up(places.counts(), accelerator)
+    parts = []
+    for images in passes(len(draws), plan.gradient_accumulation_steps):
+        last = images.stop == len(draws)
+        with nullcontext() if last else accelerator.no_sync(wrapped):
+            with clock.measure("student"), accelerator.autocast():
+                terms: Terms = wrapped(
+                    views.of(images),
+                    features.of(images),
+                    places.of(images),
+                    counts=counts,
+                    target=state.teacher,
+                    temperature=plan.temperature_at(step),
+                )
+                total = terms.total * processes  # of whose gradients DDP takes the mean
+            with clock.measure("backward"):
+                accelerator.backward(total)
+        parts.append(terms)
+    with clock.measure("update"):
+        whole = terms_of_batch(parts, accelerator)
+        check_finite(whole, plan, step=step)
+        grad_norm = update(state, whole, plan, accelerator, step=step)
+    return whole, grad_norm
+
+
+def passes(count: int, number: int) -> Iterator[slice]:
+    """``count`` images in ``number`` equal parts."""
+    size = count // number
+    return (slice(first, first + size) for first in range(0, count, size))
+
+
+def check_finite(terms: Terms, plan: Plan, *, step: int) -> None:
+    """Raise UserError for a loss that is not finite; it is that of the batch, so all processes raise it."""
+    total = terms.total
     if not torch.isfinite(total):
         broken = ", ".join(name for name, value in terms.losses.items() if not torch.isfinite(value))
         raise UserError(
             f"the loss became {total.item()} at step {step + 1} (terms: {broken}); lower learning_rate "
             f"(now {plan.learning_rate}) or give --precision fp32, and go on from the last checkpoint with --resume"
         )
-    with clock.measure("backward"):
-        accelerator.backward(total)
-    with clock.measure("update"):
-        grad_norm = update(state, terms, plan, accelerator, step=step)
-    return terms, grad_norm
 
 
 def update(state: TrainState, terms: Terms, plan: Plan, accelerator: Accelerator, *, step: int) -> Tensor:
@@ -84,17 +125,43 @@ def update(state: TrainState, terms: Terms, plan: Plan, accelerator: Accelerator
     state.optimizer.step()
     state.optimizer.zero_grad()
     update_teacher(state.teacher, student, plan.momentum_at(step))
-    student.objective.update(sums_over_ranks(terms.batch_sums, accelerator))
+    student.objective.update(terms.batch_sums)
     return grad_norm
 
 
-def sums_over_ranks(
-    batch_sums: dict[str, tuple[Tensor, Tensor]], accelerator: Accelerator
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Sums and their counts, added up over processes in one message."""
-    if accelerator.num_processes == 1 or not batch_sums:
-        return batch_sums
-    sizes = [total.numel() for total, _ in batch_sums.values()]
-    packed = torch.cat([torch.cat([total, rows.view(1)]) for total, rows in batch_sums.values()])
-    parts = accelerator.reduce(packed, reduction="sum").split([size + 1 for size in sizes])
-    return {key: (part[:-1], part[-1]) for key, part in zip(batch_sums, parts, strict=True)}
+@torch.no_grad()
+def terms_of_batch(parts: Sequence[Terms], accelerator: Accelerator) -> Terms:
+    """The terms of the shares of a batch, those of other processes too, added up in one message."""
+    sums: dict[str, Tensor] = {}
+    for part in parts:
+        for key, value in _flattened(part).items():
+            sums[key] = sums[key] + value if key in sums else value
+    sums = added_up(sums, accelerator)
+
+    def named(kind: str) -> dict[str, Tensor]:
+        return {key.removeprefix(kind): value for key, value in sums.items() if key.startswith(kind)}
+
+    batch_sums = {key: (value[:-1], value[-1]) for key, value in named("sum ").items()}
+    health = {key: value.squeeze() for key, value in named("health ").items()}
+    if "marginal" in sums:
+        health["marginal_entropy"] = torch.special.entr(sums["marginal"][:-1] / sums["marginal"][-1]).sum()
+    return Terms({key: value.squeeze() for key, value in named("loss ").items()}, batch_sums, health)
+
+
+def _flattened(terms: Terms) -> dict[str, Tensor]:
+    """All numbers of the terms as named vectors."""
+    vectors = {f"loss {key}": value.detach().float().view(1) for key, value in terms.losses.items()}
+    vectors |= {f"health {key}": value.float().view(1) for key, value in terms.health.items()}
+    pairs = {f"sum {key}": pair for key, pair in terms.batch_sums.items()}
+    if terms.marginal is not None:
+        pairs["marginal"] = terms.marginal
+    return vectors | {key: torch.cat([total, rows.view(1)]) for key, (total, rows) in pairs.items()}
+
+
+def added_up(vectors: Mapping[str, Tensor], accelerator: Accelerator) -> dict[str, Tensor]:
+    """Vectors of float32 summed over processes, in one message."""
+    if accelerator.num_processes == 1:
+        return dict(vectors)
+    packed = accelerator.reduce(torch.cat(list(vectors.values())), reduction="sum")
+    parts = packed.split([value.numel() for value in vectors.values()])
+    return dict(zip(vectors, parts, strict=True))

@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Self
 
 import torch
 from torch import Tensor
 
+from glare.draws import Draws
 from glare.geometry import Grid
 from glare.recipes import option
 
@@ -41,6 +43,10 @@ class Regions:
     match_index: Tensor
     matched: Tensor
 
+    def of(self, images: slice) -> Self:
+        """The regions of some of the views."""
+        return type(self)(*(getattr(self, field.name)[images] for field in fields(self)))
+
 
 def joined(parts: Sequence[Regions]) -> Regions:
     """Regions of several sets of views as those of one set, one after another."""
@@ -53,7 +59,7 @@ def sample_regions(
     grid: Grid,
     config: RegionConfig,
     *,
-    generator: torch.Generator,
+    draws: Draws,
 ) -> Regions:
     """Draw the regions of one view of every image.
 
@@ -62,21 +68,20 @@ def sample_regions(
         match: index and valid of ``geometry.match``, (b, n) each.
         grid: (rows, columns) of the view, n = rows * columns.
         config: number, size and start of the regions.
-        generator: source of the draws, on the CPU.
+        draws: of the b images.
 
     A start patch is the most attended one (or a random one) *among those with a correspondence*; the region's
     sides are uniform in [min_side, max_side] and it is shifted to lie inside the grid. A view without any
     correspondence gets regions of which nothing is matched.
     """
     match_index, match_valid = match
-    heads = _choose_heads(attention.shape[1], config.count, generator).to(attention.device)
+    heads = _choose_heads(attention.shape[1], config.count, draws.generator).to(attention.device)
     if config.sampling == "attention":
         score = attention.float()[:, heads]
     else:
-        shape = (attention.shape[0], len(heads), attention.shape[2])
-        score = torch.rand(shape, generator=generator).to(attention.device)
+        score = draws.rand(len(heads), attention.shape[2]).to(attention.device)
     start = score.masked_fill(~match_valid.unsqueeze(1), -1).argmax(dim=-1)
-    index, valid = _rectangles(start, grid, config, generator)
+    index, valid = _rectangles(start, grid, config, draws)
     flat = index.flatten(1)
     return Regions(
         index=index,
@@ -94,11 +99,11 @@ def _choose_heads(num_heads: int, count: int | None, generator: torch.Generator)
     return torch.arange(wanted) % num_heads
 
 
-def _rectangles(start: Tensor, grid: Grid, config: RegionConfig, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _rectangles(start: Tensor, grid: Grid, config: RegionConfig, draws: Draws) -> tuple[Tensor, Tensor]:
     """Patches of random rectangles that hold the patch ``start`` (b, m): index and valid, (b, m, l)."""
     limits = torch.tensor(grid)
     low, high = limits.clamp(max=config.min_side), limits.clamp(max=config.max_side)
-    draw = torch.rand((*start.shape, 2), generator=generator)
+    draw = draws.rand(start.shape[1], 2)
     sides = (low + (draw * (high - low + 1)).floor()).long().to(start.device)  # (b, m, 2) rows, columns
     columns = grid[1]
     corner = torch.stack([start // columns, start % columns], dim=-1)

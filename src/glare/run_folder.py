@@ -34,6 +34,7 @@ MAY_DIFFER_ON_RESUME = frozenset(
         "compile",
         "device",
         "epochs",
+        "gradient_accumulation_steps",
         "log_every",
         "num_workers",
         "output",

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from glare.features import Features, encode, use_packed_attention
 from glare.modeling_glare import vit_blocks
 from glare.objectives.base import Objective, Terms
+from glare.objectives.places import Counts, Places
 from glare.views import Views
 
 
@@ -49,32 +50,30 @@ class Student(nn.Module):
         self,
         views: Views,
         teacher: Features,
+        places: Places,
         *,
+        counts: Counts,
         target: Self,
         temperature: float,
-        generator: torch.Generator,
     ) -> Terms:
-        """Loss terms of one batch; ``teacher`` are ``target.target_features(views)``.
+        """Loss terms of a batch, or of a share of it.
 
-        With an ``anchor`` a further term holds patches near the features of the backbone without its adapters:
-        the mean of 1 - cosine, times ``anchor``.
+        ``teacher`` are ``target.target_features(views)``, ``places`` those of the objective, and ``counts`` their
+        numbers in the whole batch. With an ``anchor`` a further term holds patches near the features of the backbone
+        without its adapters: the mean of 1 - cosine, times ``anchor``.
         """
         global_, local = encode(
             self.backbone, [views.augmented, views.local], mask=views.patch_mask, mask_token=self.mask_token
         )
         terms: Terms = self.objective(
-            (global_, local),
-            teacher,
-            views,
-            target=target.objective,
-            temperature=temperature,
-            generator=generator,
+            (global_, local), teacher, places, counts=counts, target=target.objective, temperature=temperature
         )
         if self.anchor:
             with torch.no_grad(), without_adapters(self.backbone):
                 untouched = encode(self.backbone, [views.global_])[0]
             distance = 1 - cosine_similarity(global_.patches.float(), untouched.patches.float(), dim=-1)
-            terms.losses["anchor"] = self.anchor * distance.mean()
+            share = views.global_.shape[1] / counts["images"].squeeze()
+            terms.losses["anchor"] = self.anchor * distance.mean() * share
         return terms
 
 

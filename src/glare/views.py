@@ -1,13 +1,15 @@
 """One batch of global and local views with the record of where each came from (paper section 5, appendix B.1)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from glare.crops import PackedImages, cut
+from glare.draws import Draws
 from glare.geometry import Crop, Grid, random_resized_crops
-from glare.patch_augmentation import augment_patches, sample_patch_mask
+from glare.patch_augmentation import RANDOM, augment_patches, sample_patch_mask
 from glare.photometric import colour_jitter, gaussian_blur, grey, solarize
 from glare.recipes import option
 
@@ -66,6 +68,11 @@ class Views:
     patch_mask: Tensor
     grid: Grid
 
+    def of(self, images: slice) -> Self:
+        """The views of some of the images."""
+        parts = ("global_", "augmented", "local", "global_crops", "local_crops", "patch_mask")
+        return replace(self, **{name: getattr(self, name)[:, images] for name in parts})
+
     @property
     def local_grid(self) -> Grid:
         """Patches of a local view as (rows, columns)."""
@@ -93,37 +100,34 @@ def make_views(
     *,
     patch_size: int,
     normalise: Normalisation,
-    generator: torch.Generator,
+    draws: Draws,
 ) -> Views:
     """Cut and augment all views of the images ``index`` (b,), on the device of ``images``.
 
-    All draws come from ``generator`` (on the CPU), so the same generator state gives the same views.
+    ``draws``: of these images; with the same numbers come the same views.
     """
-    count, side = len(index), config.global_size
-    crops, pixels = [], []
-    for kind in (*range(NUM_GLOBAL), *[NUM_GLOBAL] * config.num_local):
-        area = config.global_area if kind < NUM_GLOBAL else config.local_area
-        crops.append(
-            random_resized_crops(
-                images.size[index.to(images.size.device)], area=area, flip_prob=config.flip_prob, generator=generator
-            )
-        )
-    for kind, group, size in (
-        (0, crops[:1], side),
-        (1, crops[1:NUM_GLOBAL], side),
-        (NUM_GLOBAL, crops[NUM_GLOBAL:], config.local_size),
-    ):
-        pixels.append(_cut_group(images, index, group, size=size))
-        pixels[-1] = normalise(_photometric(pixels[-1], config, kind=kind, generator=generator))
-    global_ = torch.stack(pixels[:NUM_GLOBAL])
-    grid = (side // patch_size, side // patch_size)
-    augmented, mask = _student_globals(global_, config, grid=grid, patch_size=patch_size, generator=generator)
+    sizes_px = images.size[index.to(images.size.device)].cpu()
+    areas = [config.global_area] * NUM_GLOBAL + [config.local_area] * config.num_local
+    crops = [random_resized_crops(sizes_px, area=area, flip_prob=config.flip_prob, draws=draws) for area in areas]
+    colours = draw_colours(config, draws)
+    grid = (config.global_size // patch_size, config.global_size // patch_size)
+    mask = torch.stack([_draw_mask(config, grid, draws) for _ in range(NUM_GLOBAL)])
+
+    def rendered(kinds: slice, side: int) -> tuple[Tensor, Crop]:
+        crop = _stack(crops[kinds], len(index))
+        views = cut(images, index.repeat(len(crops[kinds])), crop.flatten(), size=(side, side))
+        views = normalise(recolour(views, colours.of(kinds)))
+        return views.view(len(crops[kinds]), len(index), *views.shape[1:]), crop.to(views.device)
+
+    global_, global_crops = rendered(slice(NUM_GLOBAL), config.global_size)
+    local, local_crops = rendered(slice(NUM_GLOBAL, None), config.local_size)
+    mask = mask.to(global_.device)
     return Views(
         global_=global_,
-        augmented=augmented,
-        local=pixels[NUM_GLOBAL].view(config.num_local, count, 3, config.local_size, config.local_size),
-        global_crops=_stack(crops[:NUM_GLOBAL], count).to(global_.device),
-        local_crops=_stack(crops[NUM_GLOBAL:], count).to(global_.device),
+        augmented=_augmented(global_, mask, config, patch_size=patch_size, draws=draws),
+        local=local,
+        global_crops=global_crops,
+        local_crops=local_crops,
         patch_mask=mask,
         grid=grid,
     )
@@ -136,63 +140,77 @@ def _stack(crops: list[Crop], count: int) -> Crop:
     return Crop(torch.stack([crop.offset for crop in crops]), torch.stack([crop.scale for crop in crops]))
 
 
-def _cut_group(images: PackedImages, index: Tensor, crops: list[Crop], *, size: int) -> Tensor:
-    """(len(crops) * b, 3, size, size), view-major."""
-    crop = _stack(crops, len(index)).flatten()
-    return cut(images, index.repeat(len(crops)), crop, size=(size, size))
+@dataclass(frozen=True)
+class Colours:
+    """What is done to the colours of views, on the CPU, (views, b, ...) or, after ``of``, (views * b, ...).
+
+    ``chosen`` (4) bool: jitter, grey, blur, solarisation; ``factors`` (4) of the jitter, around 1 (hue: around 0), and
+    the ``order`` (4) of its adjustments; ``sigma`` of the blur in px.
+    """
+
+    chosen: Tensor
+    factors: Tensor
+    order: Tensor
+    sigma: Tensor
+
+    def of(self, views: slice) -> "Colours":
+        """Those of some views, view-major."""
+        parts = (self.chosen, self.factors, self.order, self.sigma)
+        return Colours(*(part[views].flatten(0, 1) for part in parts))
 
 
-def _photometric(images: Tensor, config: ViewConfig, *, kind: int, generator: torch.Generator) -> Tensor:
-    """Colour jitter, grey, blur and solarisation with the probabilities of one kind of view."""
-    count, device = len(images), images.device
+def draw_colours(config: ViewConfig, draws: Draws) -> Colours:
+    """Of all views of the images, with the probabilities of their kinds."""
+    kinds = [*range(NUM_GLOBAL), *[NUM_GLOBAL] * config.num_local]
+    prob = [(config.jitter_prob, config.grey_prob, config.blur_prob[k], config.solarize_prob[k]) for k in kinds]
+    low, high = BLUR_SIGMA_PX
+    factors = (2 * draws.rand(len(kinds), 4) - 1) * torch.tensor(config.jitter) + torch.tensor([1.0, 1.0, 1.0, 0.0])
+    factors[..., :3].clamp_(min=0)
+    parts = (
+        draws.rand(len(kinds), 4) < torch.tensor(prob),
+        factors,
+        draws.rand(len(kinds), 4).argsort(dim=-1),
+        draws.rand(len(kinds)) * (high - low) + low,
+    )
+    return Colours(*(part.transpose(0, 1) for part in parts))
 
-    def chosen(prob: float) -> Tensor:
-        return (torch.rand(count, generator=generator) < prob).nonzero().squeeze(1).to(device)
 
-    rows = chosen(config.jitter_prob)
-    factors, order = _draw_jitter(len(rows), config.jitter, generator)
-    images = images.index_copy(0, rows, colour_jitter(images[rows], factors.to(device), order.to(device)))
-    rows = chosen(config.grey_prob)
+def recolour(images: Tensor, colours: Colours) -> Tensor:
+    """Colour jitter, grey, blur and solarisation of images (n, 3, h, w) in [0, 1], which may be changed in place."""
+    device = images.device
+    jittered, greyed, blurred, solarized = (chosen.nonzero().squeeze(1) for chosen in colours.chosen.unbind(dim=1))
+    rows = jittered.to(device)
+    factors, order = colours.factors[jittered].to(device), colours.order[jittered].to(device)
+    images = images.index_copy(0, rows, colour_jitter(images[rows], factors, order))
+    rows = greyed.to(device)
     images[rows] = grey(images[rows])
-    rows = chosen(config.blur_prob[kind])
-    sigma = torch.rand(len(rows), generator=generator) * (BLUR_SIGMA_PX[1] - BLUR_SIGMA_PX[0]) + BLUR_SIGMA_PX[0]
-    images[rows] = gaussian_blur(images[rows], sigma.to(device), radius=BLUR_RADIUS_PX)
-    rows = chosen(config.solarize_prob[kind])
+    rows = blurred.to(device)
+    images[rows] = gaussian_blur(images[rows], colours.sigma[blurred].to(device), radius=BLUR_RADIUS_PX)
+    rows = solarized.to(device)
     images[rows] = solarize(images[rows])
     return images
 
 
-def _draw_jitter(
-    count: int, strength: tuple[float, float, float, float], generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Factors (n, 4) around 1 (hue: around 0) and a random order (n, 4) of the four adjustments."""
-    spread = torch.tensor(strength)
-    draw = (2 * torch.rand((count, 4), generator=generator) - 1) * spread
-    factors = draw + torch.tensor([1.0, 1.0, 1.0, 0.0])
-    factors[:, :3].clamp_(min=0)
-    return factors, torch.rand((count, 4), generator=generator).argsort(dim=1)
-
-
-def _student_globals(
-    global_: Tensor, config: ViewConfig, *, grid: Grid, patch_size: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """The student's global views and the mask of their changed patches."""
-    views, count = global_.shape[:2]
-    kind = config.patch_augmentation
-    mask = sample_patch_mask(
-        views * count,
+def _draw_mask(config: ViewConfig, grid: Grid, draws: Draws) -> Tensor:
+    """The patches of one global view that the student sees changed, (b, n) bool."""
+    return sample_patch_mask(
+        draws,
         grid,
-        prob=config.patch_prob if kind != "none" else 0.0,
+        prob=config.patch_prob if config.patch_augmentation != "none" else 0.0,
         ratio=config.patch_ratio,
         block=config.patch_sampling == "block",
-        generator=generator,
-    ).to(global_.device)
-    augmented = augment_patches(
+    )
+
+
+def _augmented(global_: Tensor, mask: Tensor, config: ViewConfig, *, patch_size: int, draws: Draws) -> Tensor:
+    """The student's global views (2, b, 3, h, w)."""
+    kind = config.patch_augmentation
+    changed = augment_patches(
         global_.flatten(0, 1),
-        mask,
+        mask.flatten(0, 1),
         kind=kind,
         patch_size=patch_size,
         blur_sigma=config.patch_blur_sigma,
-        generator=generator,
+        generators=[one for _ in global_ for one in draws.generators()] if kind in RANDOM else [],
     )
-    return augmented.view_as(global_), mask.view(views, count, -1)
+    return changed.view_as(global_)

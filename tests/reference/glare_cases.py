@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -10,11 +11,13 @@ from reference.builders import crop_of
 from reference.correspondence import Box, correspondence
 from torch import Tensor, nn
 
+from glare.draws import Draws
 from glare.features import Features
 from glare.geometry import Crop
-from glare.objectives import glare as module
+from glare.objectives import places as module
 from glare.objectives.base import Terms
-from glare.objectives.glare import DIRECTIONS, GlareObjective, GlareSettings
+from glare.objectives.glare import GlareObjective, GlareSettings
+from glare.objectives.places import DIRECTIONS
 from glare.regions import RegionConfig, Regions
 from glare.views import Views
 
@@ -43,10 +46,11 @@ class Case:
     ca_heads: int
 
     def terms(self, seed: int = 0, **changes: object) -> Terms:
-        given = {"student": (self.features, self.local), "teacher": self.teacher, "views": self.views} | changes
-        return self.student(
-            **given, target=self.target, temperature=TEMPERATURE, generator=torch.Generator().manual_seed(seed)
-        )
+        given: dict[str, Any] = {"student": (self.features, self.local), "teacher": self.teacher, "views": self.views}
+        given |= changes
+        draws = Draws(torch.Generator().manual_seed(seed), given["teacher"].cls.shape[1])
+        places = self.student.places(given["teacher"], given.pop("views"), draws)
+        return self.student(**given, places=places, counts=places.counts(), target=self.target, temperature=TEMPERATURE)
 
     def matches(self) -> dict[tuple[int, int], list[list[int | None]]]:
         grid = self.views.grid

@@ -7,23 +7,26 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from glare.draws import Draws
 from glare.features import Features
 from glare.losses import CENTRE_MOMENTUM
+from glare.objectives.places import Counts, Places
 from glare.views import Views
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What one step of an objective yields.
+    """What an objective yields for a share of a batch; added up over the shares it is that of the batch.
 
     ``losses`` are scalars to be summed with weight 1; ``batch_sums`` the sum (K,) of the teacher's raw logits and
-    the number of rows in it, by centre, so that ranks can be added up before ``Objective.update``; ``health``
-    scalars to be logged.
+    the number of rows in it, by centre, for ``Objective.update``; ``health`` scalars to be logged; ``marginal`` the sum
+    of the teacher's probabilities of [CLS] and the number of rows.
     """
 
     losses: dict[str, Tensor]
     batch_sums: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     health: dict[str, Tensor] = field(default_factory=dict)
+    marginal: tuple[Tensor, Tensor] | None = None
 
     @property
     def total(self) -> Tensor:
@@ -41,19 +44,24 @@ class Objective(nn.Module, ABC):
     head: "ProjectionHead"
 
     @abstractmethod
+    def places(self, teacher: Features, views: Views, draws: Draws) -> Places:
+        """What is compared of these images; ``teacher`` are features of the clean global views."""
+
+    @abstractmethod
     def forward(
         self,
         student: tuple[Features, Features],
         teacher: Features,
-        views: Views,
+        places: Places,
         *,
+        counts: Counts,
         target: Self,
         temperature: float,
-        generator: torch.Generator,
     ) -> Terms:
         """Loss terms from features of the student's (augmented global, local) views and the teacher's clean globals.
 
-        ``target`` is the teacher's copy of this objective, whose heads are moving averages of this one's.
+        ``counts`` are those of the whole batch, of which ``places`` and the others may be a share; ``target`` is the
+        teacher's copy of this objective, whose heads are moving averages of this one's.
         """
 
     @abstractmethod

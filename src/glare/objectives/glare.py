@@ -7,7 +7,8 @@
     L_loc2 = mean over matched patches              H(g(z_s), g'(z'_h(s))),  other view           (9)
 
 Symbols: g = ``head``, CA = ``cross_attention``, z = ``student.patches``, z' = ``teacher.patches``, primes are the
-teacher's moving averages, h = ``geometry.match``, R and R' = ``Regions.index`` and ``.match_index``.
+teacher's moving averages, h = ``geometry.match``, R and R' = ``Regions.index`` and ``.match_index``; they are found
+before the terms, in ``places``.
 
 Readings of the paper that are choices:
 * eqs. 7 and 9 are printed as sums; with a hundred patches a view they would swamp L_glob under weights of 1, so
@@ -18,15 +19,14 @@ Readings of the paper that are choices:
 """
 
 from dataclasses import dataclass
-from itertools import product
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from glare.draws import Draws
 from glare.features import Features
-from glare.geometry import match
 from glare.losses import (
     CENTRE_MOMENTUM,
     cross_view_entropy,
@@ -36,14 +36,13 @@ from glare.losses import (
     update_centre,
 )
 from glare.objectives.base import Objective, ProjectionHead, Terms
+from glare.objectives.places import DIRECTIONS, Counts, Match, Places, find_matches, find_regions
 from glare.recipes import option
-from glare.regions import RegionConfig, Regions, joined, sample_regions
+from glare.regions import RegionConfig, Regions, joined
 from glare.views import Views
 
 LEVELS = ("cls", "region", "patch")
 TERMS = ("glob", "reg", "loc1", "loc2")
-DIRECTIONS = ((0, 1), (1, 0))
-"""(student view, teacher view) of the two global views."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ class GlareObjective(Objective):
         self.head = ProjectionHead(
             dim, hidden=config.head_hidden, bottleneck=config.head_bottleneck, prototypes=config.prototypes
         )
-        self.cross_attention = CrossAttention(dim, num_heads)
+        self.cross_attention = CrossAttention(dim, num_heads).requires_grad_("reg" in config.terms)
         for level in LEVELS:
             self.register_buffer(f"centre_{level}", torch.zeros(config.prototypes))
 
@@ -132,23 +131,31 @@ class GlareObjective(Objective):
             moved = update_centre(self.centre(level), total / rows.clamp(min=1), momentum)
             self.centre(level).copy_(torch.where(rows > 0, moved, self.centre(level)))
 
+    def places(self, teacher: Features, views: Views, draws: Draws) -> Places:
+        """See ``Objective``."""
+        config = self.config
+        matches = find_matches(views, min_overlap=config.min_overlap, local_queries=config.local_queries)
+        wanted = "reg" in config.terms
+        regions = find_regions(teacher, matches, views, config.regions, draws) if wanted else ()
+        return Places(views.patch_mask, matches, regions)
+
     def forward(
         self,
         student: tuple[Features, Features],
         teacher: Features,
-        views: Views,
+        places: Places,
         *,
+        counts: Counts,
         target: Self,
         temperature: float,
-        generator: torch.Generator,
     ) -> Terms:
         """See ``Objective``."""
-        step = _Step(self, target, student, teacher, views, temperature)
+        step = _Step(self, target, student, teacher, places, counts, temperature)
         terms: dict[str, Tensor] = {}
         if "glob" in self.config.terms:
             terms["glob"] = step.global_term()
         if "reg" in self.config.terms:
-            terms["reg"] = step.regional_term(generator)
+            terms["reg"] = step.regional_term()
         pairs = {}
         if "loc1" in self.config.terms:
             pairs["loc1"] = step.augmented_pairs()
@@ -156,7 +163,7 @@ class GlareObjective(Objective):
             pairs["loc2"] = step.corresponding_pairs()
         if pairs:
             terms |= step.local_terms(pairs)
-        return Terms(terms, step.batch_sums, step.health)
+        return Terms(terms, step.batch_sums, step.health, step.marginal)
 
 
 @dataclass(frozen=True)
@@ -180,18 +187,18 @@ class _Step:
         target: GlareObjective,
         student: tuple[Features, Features],
         teacher: Features,
-        views: Views,
+        places: Places,
+        counts: Counts,
         temperature: float,
     ) -> None:
         self.objective, self.target, self.temperature = objective, target, temperature
         self.student, self.local = student
-        self.teacher, self.views = teacher, views
-        crops = views.global_crops
-        self.matches = [
-            match(crops[a], crops[b], views.grid, min_iou=objective.config.min_overlap) for a, b in DIRECTIONS
-        ]
+        self.teacher, self.places, self.counts = teacher, places, counts
+        self.share = teacher.cls.shape[1] / counts["images"].squeeze()
         self.batch_sums: dict[str, tuple[Tensor, Tensor]] = {}
-        self.health = {"matched_share": torch.stack([valid for _, valid in self.matches]).float().mean()}
+        self.marginal: tuple[Tensor, Tensor] | None = None
+        valid = torch.stack([m.valid for m in places.matches[: len(DIRECTIONS)]])
+        self.health = {"matched_share": valid.float().mean() * self.share}
         self.prototypes = objective.head.last_layer.matrix()
         with torch.no_grad():
             self.target_prototypes = target.head.last_layer.matrix()
@@ -205,44 +212,35 @@ class _Step:
             raw = _logits(target.head(self.teacher.cls), self.target_prototypes)
             prob = teacher_probabilities(raw, objective.centre("cls"), self.temperature)
         self.batch_sums["cls"] = raw.sum(dim=(0, 1)), raw.new_tensor(raw.shape[:2]).prod()
-        marginal = prob.mean(dim=(0, 1))
-        self.health["teacher_entropy"] = torch.special.entr(prob).sum(dim=-1).mean()
-        self.health["marginal_entropy"] = torch.special.entr(marginal).sum()
-        return cross_view_entropy(logits, prob)
+        self.marginal = prob.sum(dim=(0, 1)), self.batch_sums["cls"][1]
+        self.health["teacher_entropy"] = torch.special.entr(prob).sum(dim=-1).mean() * self.share
+        return cross_view_entropy(logits, prob) * self.share
 
     def augmented_pairs(self) -> _Pairs:
         """L_loc1, eq. 8: augmented patches of the student against the same, clean patches of the teacher."""
-        mask = self.views.patch_mask
+        mask = self.places.augmented
         weight = 1 / mask.sum(dim=-1, keepdim=True).clamp(min=1).expand_as(mask)[mask]
         patches = mask.flatten().nonzero().squeeze(1)
-        return _Pairs(patches, patches, weight / (mask.shape[0] * mask.shape[1]))
+        return _Pairs(patches, patches, weight / (len(mask) * self.counts["images"]))
 
     def corresponding_pairs(self) -> _Pairs:
         """L_loc2, eq. 9: every patch of a student view against the corresponding patch of the other teacher view."""
-        found = [(a, b, *pair) for (a, b), pair in zip(DIRECTIONS, self.matches, strict=True)]
-        if self.objective.config.local_queries:
-            views, least = self.views, self.objective.config.min_overlap
-            for a, b in product(range(len(views.local)), range(len(views.global_))):
-                crops = views.local_crops[a], views.global_crops[b]
-                pair = match(*crops, views.local_grid, views.grid, min_iou=least)
-                found.append((len(views.global_) + a, b, *pair))
-        pairs = [self._corresponding(*one) for one in found]
+        matches = self.places.matches
+        weights = 1 / (self.counts["matched"].clamp(min=1) * len(matches))
+        pairs = [self._corresponding(*pair) for pair in zip(matches, weights, strict=True)]
         return _Pairs(
             torch.cat([pair.student for pair in pairs]),
             torch.cat([pair.teacher for pair in pairs]),
-            torch.cat([pair.weight for pair in pairs]) / len(pairs),
+            torch.cat([pair.weight for pair in pairs]),
         )
 
-    def _corresponding(self, view: int, target: int, index: Tensor, valid: Tensor) -> _Pairs:
-        """The patches (b, n) of one student view, local views after global ones, that have a match in a teacher view.
-
-        The weights make a mean.
-        """
-        (b, n), (num_global, _, global_n) = valid.shape, self.teacher.patches.shape[:3]
-        before = b * (min(view, num_global) * global_n + max(view - num_global, 0) * n)  # patches of earlier views
-        image, patch = valid.nonzero(as_tuple=True)
-        weight = (1 / valid.sum().clamp(min=1)).expand(len(image))
-        return _Pairs(before + image * n + patch, (target * b + image) * global_n + index[valid], weight)
+    def _corresponding(self, match: Match, weight: Tensor) -> _Pairs:
+        """The patches of one student view that have a match in a teacher view, each with this weight."""
+        (b, n), (num_global, _, global_n) = match.valid.shape, self.teacher.patches.shape[:3]
+        before = b * (min(match.view, num_global) * global_n + max(match.view - num_global, 0) * n)
+        image, patch = match.valid.nonzero(as_tuple=True)
+        targets = (match.target * b + image) * global_n + match.index[match.valid]
+        return _Pairs(before + image * n + patch, targets, weight.expand(len(image)))
 
     def local_terms(self, pairs: dict[str, _Pairs]) -> dict[str, Tensor]:
         """L_loc1 and L_loc2 by name: the student's head runs once on every patch that either needs."""
@@ -259,20 +257,13 @@ class _Step:
             student = bottleneck.index_select(0, place)
             terms[name], entropy = self._entropy(student, targets[pair.teacher], pair.weight, level="patch")
             if name == "loc1":
-                self.health["loc1_per_patch"] = masked_mean(entropy, len(entropy))
+                self.health["loc1_per_patch"] = masked_mean(entropy, self.counts["augmented"].squeeze())
         return terms
 
-    def regional_term(self, generator: torch.Generator) -> Tensor:
+    def regional_term(self) -> Tensor:
         """L_reg, eq. 7: region patches in the context of their view against what R' holds for them."""
-        config, attention = self.objective.config, self.teacher.attention
-        if attention is None:
-            raise ValueError("the regional term needs Features.attention of the teacher")
-        drawn = [
-            sample_regions(attention[a], found, self.views.grid, config.regions, generator=generator)
-            for (a, _), found in zip(DIRECTIONS, self.matches, strict=True)
-        ]
-        counts = torch.stack([regions.matched.sum() for regions in drawn])
-        regions = joined(drawn)  # of both directions, view-major as the patches of the student
+        config = self.objective.config
+        regions = joined(self.places.regions)  # of both directions, view-major as the patches of the student
         patches = self.student.patches.flatten(0, 1)
         with torch.no_grad():
             teacher = self.teacher.patches[[b for _, b in DIRECTIONS]].flatten(0, 1)
@@ -287,7 +278,7 @@ class _Step:
         rows, (where,) = _once(self.objective.cross_attention(patches, patches).flatten(0, 1), [place])
         student = self.objective.head(rows).index_select(0, where)
         direction = image // self.student.patches.shape[1]
-        weight = 1 / (counts.clamp(min=1) * len(DIRECTIONS))[direction]
+        weight = 1 / (self.counts["region"].clamp(min=1) * len(DIRECTIONS))[direction]
         return self._entropy(student, targets, weight, level="region")[0]
 
     @torch.no_grad()
