@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from labelled_samples import write_labelled
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_models import tiny_vit
 from torch import Tensor
 
-from glare import pretrain
+from glare import finetune, pretrain, recipes
 from glare.errors import UserError
+from glare.finetune import FinetuneRecipe
 
 ROOT = Path(__file__).parents[1]
 STEPS = 3
@@ -61,12 +63,12 @@ def given(tmp_path: Path) -> Given:
 
 
 def launched(
-    given: dict[str, Any], processes: int, script: Path = ROOT / "training" / "pretrain.py"
+    given: dict[str, Any], script: Path = ROOT / "training" / "pretrain.py"
 ) -> subprocess.CompletedProcess[str]:
-    """A recipe on this many processes without a GPU; ``accelerate launch --cpu`` starts several only through MPI."""
+    """A recipe on two processes without a GPU; ``accelerate launch --cpu`` starts several only through MPI."""
     file = given["output"].with_suffix(".yaml")
     file.write_text(yaml.safe_dump({**given, "output": str(given["output"])}))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [str(script), "--recipe", str(file)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
@@ -98,10 +100,10 @@ def assert_same_run(found: Path, expected: Path) -> None:
 def test_two_processes_and_accumulated_passes_compute_what_one_process_does(given: Given) -> None:
     one = pretrain.run(given("one"))
     assert_same_run(pretrain.run(given("passes", gradient_accumulation_steps=2)), one)
-    done = launched(given("two"), processes=2)
+    done = launched(given("two"))
     assert done.returncode == 0, done.stderr
     assert_same_run(given("two")["output"], one)
-    done = launched(given("both", gradient_accumulation_steps=4), processes=2)
+    done = launched(given("both", gradient_accumulation_steps=4))
     assert done.returncode == 0, done.stderr
     assert_same_run(given("both")["output"], one)
 
@@ -109,15 +111,16 @@ def test_two_processes_and_accumulated_passes_compute_what_one_process_does(give
 def test_terms_that_leave_parameters_out_train_on_two_processes(given: Given) -> None:
     """Without L_reg the cross-attention has no gradients, which DDP would wait for."""
     glare = {**SETTINGS["glare"], "terms": ["glob", "loc1"]}
-    done = launched(given("two", glare=glare), processes=2)
+    done = launched(given("two", glare=glare))
     assert done.returncode == 0, done.stderr
     assert_same_run(given("two")["output"], pretrain.run(given("one", glare=glare)))
 
 
 FAILING = """
 import os, sys
-from glare import pretrain
+from glare import finetune, pretrain, recipes
 from glare.errors import UserError
+from glare.finetune import FinetuneRecipe
 from glare.pretrain_plan import Plan
 
 def fail(plan, step, rate=Plan.learning_rate_at):
@@ -133,7 +136,7 @@ pretrain.main(sys.argv[1:])
 def test_a_rank_that_fails_ends_the_run_with_its_own_error(given: Given, tmp_path: Path) -> None:
     script = tmp_path / "failing.py"
     script.write_text(FAILING)
-    done = launched(given("run", checkpoint_every=1), processes=2, script=script)
+    done = launched(given("run", checkpoint_every=1), script=script)
     assert done.returncode != 0
     assert "no room left on this rank" in done.stderr
     resumed = pretrain.run(given("run", resume=True))
@@ -142,9 +145,53 @@ def test_a_rank_that_fails_ends_the_run_with_its_own_error(given: Given, tmp_pat
 
 def test_a_batch_that_cannot_be_shared_out_is_refused(given: Given) -> None:
     for changes, message in (
-        ({"gradient_accumulation_steps": 3}, "batch_size 8 does not divide by 1 processes times 3 .*a multiple of 3"),
+        ({"gradient_accumulation_steps": 3}, "batch_size 8 does not divide by 1 process times 3 .*a multiple of 3"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0; give 1 or more"),
     ):
         with pytest.raises(UserError, match=message):
             pretrain.run(given("run", **changes))
     assert not given("run")["output"].exists()
+
+
+WITHOUT_DROPOUT = """
+import sys
+from torch import nn
+from glare import finetune
+
+nn.Dropout2d.forward = lambda _, maps: maps
+finetune.main(sys.argv[1:])
+"""
+
+
+def test_fine_tuning_is_the_same_on_two_processes_and_in_passes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though one share of a batch has more labels than another; the linear head has no batch norm."""
+    monkeypatch.setattr(torch.nn.Dropout2d, "forward", lambda _, maps: maps)
+    tiny_vit().save_pretrained(tmp_path / "vit")
+    masks = write_labelled(tmp_path / "data", 9) / "labels"
+    for number, file in enumerate(sorted(masks.iterdir())):
+        labels = np.array(Image.open(file))
+        labels[: 4 * number] = 255
+        Image.fromarray(labels).save(file)
+
+    def recipe(output: str, **changes: Any) -> dict[str, Any]:
+        fixed = {"head": "linear", "steps": STEPS, "batch_size": 8, "crop_size": 16, "log_every": 1}
+        fixed |= {"report_to": "none", "device": "cpu", "precision": "fp32", "learning_rate": 1e-3}
+        places = {"model": str(tmp_path / "vit"), "data": str(tmp_path / "data"), "output": tmp_path / output}
+        return {**fixed, **places, **changes}
+
+    def assert_same(found: Path) -> None:
+        ours, theirs = (load_file(run / "model" / "model.safetensors") for run in (found, one))
+        for name, value in theirs.items():
+            torch.testing.assert_close(ours[name], value, atol=1e-5, rtol=1e-5)
+        for line, other in zip(logged(found), logged(one), strict=True):
+            assert line == pytest.approx(other, rel=1e-5)
+
+    one = finetune.run(recipes.from_dict(FinetuneRecipe, recipe("one")))
+    assert_same(finetune.run(recipes.from_dict(FinetuneRecipe, recipe("passes", gradient_accumulation_steps=4))))
+    script = tmp_path / "finetune.py"
+    script.write_text(WITHOUT_DROPOUT)
+    done = launched(recipe("two", gradient_accumulation_steps=2), script=script)
+    assert done.returncode == 0, done.stderr
+    assert_same(recipe("two")["output"])

@@ -7,6 +7,7 @@ import torch
 from glare import labelled_crops
 from glare.crops import PackedImages
 from glare.data.labelled import PackedLabelled
+from glare.draws import Draws
 from glare.labelled_crops import (
     ATTEMPTS,
     TrainingCrops,
@@ -24,6 +25,10 @@ CPU = torch.device("cpu")
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def draws(images: int, seed: int = 0) -> Draws:
+    return Draws(seeded(seed), images)
 
 
 def pack(label: torch.Tensor, value: float = 60.0) -> PackedLabelled:
@@ -46,7 +51,7 @@ def test_pixels_and_labels_of_a_crop_show_the_same_place() -> None:
     label[:, 30:] = 1
     label[40:, 50:] = 2
     crops = TrainingCrops(32, (0.5, 2.0), 0.99, IDENTITY)
-    pixels, labels = training_batch(pack(label), torch.zeros(64, dtype=torch.long), crops, CPU, generator=seeded())
+    pixels, labels = training_batch(pack(label), torch.zeros(64, dtype=torch.long), crops, CPU, draws=draws(64))
     assert pixels.shape == (64, 3, 32, 32) and labels.shape == (64, 32, 32) and labels.dtype == torch.int64
     seen = ((pixels[:, 0] * 255 - 20) / 60).round().long()
     known = labels != 255
@@ -61,7 +66,7 @@ def test_what_lies_outside_the_image_is_zero_after_normalisation_and_ignored() -
     label = torch.zeros(10, 20, dtype=torch.long)
     label[:, 10:] = 1
     crops = TrainingCrops(32, (1.0, 1.0), 0.75, Normalisation())
-    pixels, labels = training_batch(pack(label), torch.zeros(16, dtype=torch.long), crops, CPU, generator=seeded())
+    pixels, labels = training_batch(pack(label), torch.zeros(16, dtype=torch.long), crops, CPU, draws=draws(16))
     inside = torch.zeros(32, 32, dtype=torch.bool)
     inside[:10, :20] = True
     assert (labels == 255).eq(~inside).all()
@@ -75,14 +80,16 @@ def test_what_lies_outside_the_image_is_zero_after_normalisation_and_ignored() -
 def test_a_batch_depends_on_the_generator_alone() -> None:
     label = torch.arange(3).repeat_interleave(20).expand(40, 60)
     crops, index = TrainingCrops(24, (0.5, 2.0), 0.75, IDENTITY), torch.zeros(4, dtype=torch.long)
-    first, again, other = (training_batch(pack(label), index, crops, CPU, generator=seeded(s)) for s in (1, 1, 2))
+    first, again, other = (
+        training_batch(pack(label), index, crops, CPU, draws=draws(len(index), s)) for s in (1, 1, 2)
+    )
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not torch.equal(first[0], other[0])
 
 
 def test_crops_have_the_drawn_scale_and_lie_inside_where_they_fit() -> None:
     size = torch.tensor([[100, 80]]).expand(200, 2)
-    crop = random_crops(size, size=32, scale=(0.5, 2.0), generator=seeded())
+    crop = random_crops(size, size=32, scale=(0.5, 2.0), draws=draws(len(size)))
     assert crop.offset.shape == crop.scale.shape == (200, ATTEMPTS, 2)
     extent_px = crop.scale.abs() * size.unsqueeze(1)
     assert torch.allclose(extent_px[..., 0], extent_px[..., 1])
@@ -124,11 +131,11 @@ def test_saturation_scales_as_in_hsv() -> None:
 
 def test_distortion_leaves_some_images_alone_and_keeps_the_range() -> None:
     images = torch.rand((256, 3, 6, 6), generator=seeded())
-    result = photometric_distortion(images, generator=seeded(3))
+    result = photometric_distortion(images, draws=draws(len(images), 3))
     assert result.min() > -1e-6 and result.max() < 1 + 1e-6
     same = (result == images).flatten(1).all(dim=1).sum().item()
     assert 256 / 16 - 12 < same < 256 / 16 + 12  # each of four changes happens half of the time
-    assert torch.equal(result, photometric_distortion(images, generator=seeded(3)))
+    assert torch.equal(result, photometric_distortion(images, draws=draws(len(images), 3)))
 
 
 def test_each_distortion_is_bounded_as_published(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +146,7 @@ def test_each_distortion_is_bounded_as_published(monkeypatch: pytest.MonkeyPatch
 
     for name in seen:
         monkeypatch.setattr(labelled_crops, name, record(name))
-    photometric_distortion(torch.rand((2000, 3, 1, 1)), generator=seeded())
+    photometric_distortion(torch.rand((2000, 3, 1, 1)), draws=draws(2000))
     bounds = {
         "_add": (-32 / 255, 32 / 255),
         "adjust_brightness": (0.5, 1.5),

@@ -6,7 +6,6 @@ their own, equal only in long runs; the warm-up is a tenth of the steps where th
 at their native size, and the scale is relative to it.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,7 +13,6 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -24,8 +22,9 @@ from glare.errors import UserError
 from glare.evaluate import confusion, default_split, describe, table
 from glare.figures import write_report
 from glare.finetune_plan import Plan, make_plan
+from glare.finetune_step import cut_batch, learning_rates, train_step
 from glare.inference import Tiling
-from glare.labelled_crops import TrainingCrops, to_device, training_batch
+from glare.labelled_crops import TrainingCrops, to_device
 from glare.metrics import SegmentationScores
 from glare.model_card import write_card
 from glare.recipes import option, required
@@ -37,9 +36,7 @@ from glare.runtime import (
     Clock,
     epoch_batches,
     make_accelerator,
-    seeded,
 )
-from glare.schedules import warmup_poly
 from glare.segmenters import (
     HEADS,
     TRAINED,
@@ -52,6 +49,7 @@ from glare.segmenters import (
     synchronised,
     vit_of,
 )
+from glare.shares import check_shares
 from glare.views import Normalisation
 
 
@@ -74,6 +72,7 @@ class FinetuneRecipe:
     eval_every: int | None = option(None, "evaluate every so many steps too, not only at the end")
     steps: int | None = option(None, "optimizer steps; derived from the number of images where not given")
     batch_size: int | None = option(None, "crops a step over all processes; 4 on a CPU, 8 on a GPU where not given")
+    gradient_accumulation_steps: int = option(1, "parts of a batch that are computed one after another, to save memory")
     crop_size: int | None = option(None, "side of the crops in px; derived from the images' short side where not given")
     scale: tuple[float, float] = option((0.5, 2.0), "lowest and highest random factor on the images' size")
     dominant_share: float = option(0.75, "crops in which one class has this share are drawn anew, up to ten times")
@@ -167,9 +166,9 @@ def run(recipe: FinetuneRecipe, *, train: LabelledSet | None = None) -> Path:
     wrapped.train()
     for step, index in zip(range(start, plan.steps), batches, strict=False):
         with clock.measure("data"):
-            batch = cut_batch(job, packed, index, crops, step=step)
+            batch = cut_batch(packed, index, crops, accelerator, seed=recipe.seed, step=step)
         with clock.measure("train"):
-            loss = train_step(job, wrapped, optimizer, batch, step=step)
+            loss = train_step(wrapped, optimizer, batch, plan, accelerator, seed=recipe.seed, step=step)
         bar.update()
         done, last = step + 1, step + 1 == plan.steps
         if last or done % recipe.log_every == 0:
@@ -228,10 +227,7 @@ def resolve(recipe: FinetuneRecipe, packed: PackedLabelled, *, patch: int, accel
     if plan.crop_size % patch:
         fitting = max(1, round(plan.crop_size / patch)) * patch
         raise UserError(f"crop_size {plan.crop_size} is no multiple of the patch size {patch}; give {fitting}")
-    if plan.batch_size % processes:
-        raise UserError(
-            f"batch_size {plan.batch_size} does not divide by {processes} processes; give a multiple of {processes}"
-        )
+    check_shares(plan.batch_size, processes, plan.gradient_accumulation_steps)
     return plan
 
 
@@ -248,45 +244,6 @@ def describe_run(recipe: FinetuneRecipe, packed: PackedLabelled, plan: Plan) -> 
     if chosen:
         lines.append(f"chosen from the data: {', '.join(chosen)}")
     return "\n".join(lines)
-
-
-def cut_batch(
-    job: Job, packed: PackedLabelled, index: Tensor, crops: TrainingCrops, *, step: int
-) -> tuple[Tensor, Tensor]:
-    """This process's share of the batch ``index``: pixels and labels."""
-    rank, world = job.accelerator.process_index, job.accelerator.num_processes
-    generator = seeded(job.recipe.seed, step, rank, 0)
-    return training_batch(packed, index.view(world, -1)[rank], crops, job.accelerator.device, generator=generator)
-
-
-def train_step(
-    job: Job, wrapped: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor], *, step: int
-) -> float:
-    """One optimizer step on pixels and labels; returns the loss. Raises UserError when it is not finite."""
-    # dropout draws from the global generator: seeded anew, it draws the same after a resume
-    torch.manual_seed(seeded(job.recipe.seed, step, job.accelerator.process_index, 1).initial_seed())
-    with job.accelerator.autocast():
-        loss = wrapped(pixel_values=batch[0], labels=batch[1]).loss
-    value: float = loss.item()
-    if not math.isfinite(value):
-        raise UserError(
-            f"the loss became {value} at step {step + 1}; lower learning_rate (now {job.plan.learning_rate}) and "
-            f"backbone_learning_rate (now {job.plan.backbone_learning_rate}), or give --precision fp32, in a new run"
-        )
-    head, backbone = learning_rates(job.plan, step)
-    for group in optimizer.param_groups:
-        group["lr"] = head if group["head"] else backbone
-    job.accelerator.backward(loss)
-    optimizer.step()
-    optimizer.zero_grad()
-    return value
-
-
-def learning_rates(plan: Plan, step: int) -> tuple[float, float]:
-    """Of head and backbone: linear warm-up, then a straight line to zero (mmsegmentation's poly of power 1)."""
-    peaks = (plan.learning_rate, plan.backbone_learning_rate)
-    head, backbone = (warmup_poly(step, steps=plan.steps, warmup=plan.warmup_steps, peak=peak) for peak in peaks)
-    return head, backbone
 
 
 def measurements(job: Job, loss: float, clock: Clock, *, step: int, steps: int) -> dict[str, float]:

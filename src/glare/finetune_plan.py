@@ -25,6 +25,7 @@ class Plan:
     warmup_steps: int
     learning_rate: float
     backbone_learning_rate: float
+    gradient_accumulation_steps: int = 1
 
 
 def make_plan(given: Any, *, num_images: int, short_side: int, patch: int, on_cpu: bool) -> Plan:
@@ -40,6 +41,7 @@ def make_plan(given: Any, *, num_images: int, short_side: int, patch: int, on_cp
     derived = Plan(
         steps=steps,
         batch_size=batch_size,
+        gradient_accumulation_steps=given.gradient_accumulation_steps,
         crop_size=max(1, min(MAX_CROP[on_cpu], short_side) // patch) * patch,
         warmup_steps=min(MAX_WARMUP, steps // 10),
         learning_rate=6e-5 if long else 1e-3,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from glare.crops import cut, cut_labels, fits, subset
 from glare.data.labelled import PackedLabelled
+from glare.draws import Draws
 from glare.geometry import Crop, patch_centres
 from glare.photometric import adjust_brightness, shift_hue
 from glare.views import Normalisation
@@ -55,9 +56,9 @@ def training_batch(
     crops: TrainingCrops,
     device: torch.device,
     *,
-    generator: torch.Generator,
+    draws: Draws,
 ) -> tuple[Tensor, Tensor]:
-    """Augmented crops of the images ``index`` (n,), cut on ``device``; all draws come from ``generator``, on the CPU.
+    """Augmented crops of the images ``index`` (n,), cut on ``device``; with the ``draws`` of these images.
 
     Returns:
         Normalised pixels (n, 3, size, size) float32, 0 outside the image, and labels (n, size, size) int64, 255
@@ -68,11 +69,11 @@ def training_batch(
         labels = _labels_of(packed, index).to(device)
         images, index = subset(images, index).to(device), torch.arange(len(index))
     size, count = (crops.size, crops.size), len(index)
-    candidates = random_crops(images.size.cpu()[index], size=crops.size, scale=crops.scale, generator=generator)
+    candidates = random_crops(images.size.cpu()[index], size=crops.size, scale=crops.scale, draws=draws)
     probe = cut_labels(labels, images, index.repeat_interleave(ATTEMPTS), candidates.flatten(), size=PROBE)
     chosen = first_balanced(probe.view(count, ATTEMPTS, -1), crops.dominant_share).cpu()
     crop = Crop(candidates.offset[torch.arange(count), chosen], candidates.scale[torch.arange(count), chosen])
-    pixels = photometric_distortion(cut(images, index, crop, size=size), generator=generator)
+    pixels = photometric_distortion(cut(images, index, crop, size=size), draws=draws)
     pixels = torch.where(_inside(crop.to(device), size).unsqueeze(1), crops.normalise(pixels), 0)
     return pixels, cut_labels(labels, images, index, crop, size=size).long()
 
@@ -83,21 +84,20 @@ def _labels_of(packed: PackedLabelled, index: Tensor) -> Tensor:
     return torch.cat([packed.labels[start : start + count] for start, count in zip(first, area, strict=True)])
 
 
-def random_crops(size_px: Tensor, *, size: int, scale: tuple[float, float], generator: torch.Generator) -> Crop:
+def random_crops(size_px: Tensor, *, size: int, scale: tuple[float, float], draws: Draws) -> Crop:
     """Ten candidate crops (n, 10, 2) an image of one scale and flip, on the CPU.
 
     ``size_px`` (n, 2) int64, (width, height). A crop larger than the scaled image has it in its upper left corner.
     """
     size_px = size_px.cpu().double()
-    count = len(size_px)
 
     def uniform(*shape: int) -> Tensor:
-        return torch.rand((count, *shape), generator=generator, dtype=torch.float64)
+        return draws.rand(*shape, dtype=torch.float64)
 
     factor = scale[0] + (scale[1] - scale[0]) * uniform(1, 1)
     extent = size / (factor * size_px.unsqueeze(1))  # (n, 1, 2), in units of the image
     low = uniform(ATTEMPTS, 2) * (1 - extent).clamp(min=0)
-    flip = torch.cat([uniform(1, 1) < 0.5, torch.zeros(count, 1, 1, dtype=torch.bool)], dim=-1)
+    flip = torch.cat([uniform(1, 1) < 0.5, torch.zeros(len(size_px), 1, 1, dtype=torch.bool)], dim=-1)
     high = low + extent.clamp(max=1)
     return Crop(torch.where(flip, high, low).float(), torch.where(flip, -extent, extent).expand_as(low).float())
 
@@ -116,17 +116,17 @@ def first_balanced(probe: Tensor, dominant_share: float) -> Tensor:
     return balanced.int().argmax(dim=1)
 
 
-def photometric_distortion(images: Tensor, *, generator: torch.Generator) -> Tensor:
+def photometric_distortion(images: Tensor, *, draws: Draws) -> Tensor:
     """Brightness, contrast, saturation and hue, each with probability 0.5; contrast comes first or last.
 
     ``images`` (n, 3, h, w) in [0, 1].
     """
-    draws = torch.rand((len(images), 9), generator=generator)
-    happens = draws[:, :4] < 0.5
-    delta, contrast, saturation, turn = (2 * draws[:, 4:8] - 1).unbind(1)
+    drawn = draws.rand(9)
+    happens = drawn[:, :4] < 0.5
+    delta, contrast, saturation, turn = (2 * drawn[:, 4:8] - 1).unbind(1)
     low, high = RANGE
     contrast, saturation = (low + (high - low) * (value + 1) / 2 for value in (contrast, saturation))
-    first = draws[:, 8] < 0.5
+    first = drawn[:, 8] < 0.5
     images = images.clone()
     for rows, change, value in (
         (happens[:, 0], _add, delta * DELTA),

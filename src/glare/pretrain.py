@@ -22,13 +22,14 @@ from glare.model_card import write_card
 from glare.modeling_glare import GlareModel
 from glare.objectives.glare import GlareObjective, GlareSettings
 from glare.pretrain_log import describe, measurements, progress_text
-from glare.pretrain_plan import Plan, check_shares, derive_model, derive_optimisation, derive_steps, overlay
+from glare.pretrain_plan import Plan, derive_model, derive_optimisation, derive_steps, overlay
 from glare.pretrain_step import cut_views, train_step
 from glare.price import Meter, trained_parameters
 from glare.recipes import option, required
 from glare.run_folder import RunFolder
 from glare.runtime import DEVICES, PRECISIONS, TRACKERS, Clock, epoch_batches, make_accelerator, seeded
 from glare.segmenters import image_processor
+from glare.shares import check_shares
 from glare.student import Student
 from glare.teacher import make_teacher
 from glare.train_state import TrainState, make_optimizer

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from glare.errors import UserError
 from glare.schedules import cosine, linear, warmup_cosine
 
 SMALL_RUN_VISITS = 50_000  # images seen in a run below which the small head and fewer local views are enough
@@ -53,18 +52,6 @@ class Plan:
         """Of the teacher: linear ramp over the first ``temperature_ramp`` of the steps."""
         start, end = self.teacher_temperature
         return linear(step, steps=round(self.temperature_ramp * self.steps), start=start, end=end)
-
-
-def check_shares(batch_size: int, processes: int, accumulation: int) -> None:
-    """Raise UserError where a batch cannot be shared out equally over processes and their passes."""
-    if accumulation < 1:
-        raise UserError(f"gradient_accumulation_steps is {accumulation}; give 1 or more")
-    if batch_size % (processes * accumulation):
-        passes = f" times {accumulation} gradient_accumulation_steps" if accumulation > 1 else ""
-        raise UserError(
-            f"batch_size {batch_size} does not divide by {processes} processes{passes}; "
-            f"give a multiple of {processes * accumulation}"
-        )
 
 
 def derive_steps(num_images: int, batch_size: int) -> int:

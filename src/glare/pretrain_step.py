@@ -4,7 +4,7 @@ A batch is shared out over processes, and the share of a process over several pa
 Draws belong to images and every mean runs over the whole batch, so the step is the same however it is shared out.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
@@ -12,24 +12,17 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from glare.crops import PackedImages, subset
-from glare.draws import Draws
 from glare.errors import UserError
 from glare.objectives.base import Terms
 from glare.pretrain_plan import Plan
-from glare.runtime import Clock, seeded
+from glare.runtime import Clock
+from glare.shares import added_up, draws_of, passes
 from glare.teacher import update_teacher
 from glare.train_state import TrainState, clip_each
 from glare.views import Normalisation, ViewConfig, Views, make_views
 
 VIEWS, OBJECTIVE = 1, 2
 """What a step draws for: the last part of the seed of its generator."""
-
-
-def draws_of(accelerator: Accelerator, total: int, *, seed: int, step: int, purpose: int) -> Draws:
-    """Random numbers of this process's share of a batch."""
-    count = total // accelerator.num_processes
-    first = count * accelerator.process_index
-    return Draws(seeded(seed, step, purpose), total, slice(first, first + count))
 
 
 def cut_views(
@@ -96,12 +89,6 @@ def train_step(
     return whole, grad_norm
 
 
-def passes(count: int, number: int) -> Iterator[slice]:
-    """``count`` images in ``number`` equal parts."""
-    size = count // number
-    return (slice(first, first + size) for first in range(0, count, size))
-
-
 def check_finite(terms: Terms, plan: Plan, *, step: int) -> None:
     """Raise UserError for a loss that is not finite; it is that of the batch, so all processes raise it."""
     total = terms.total
@@ -156,12 +143,3 @@ def _flattened(terms: Terms) -> dict[str, Tensor]:
     if terms.marginal is not None:
         pairs["marginal"] = terms.marginal
     return vectors | {key: torch.cat([total, rows.view(1)]) for key, (total, rows) in pairs.items()}
-
-
-def added_up(vectors: Mapping[str, Tensor], accelerator: Accelerator) -> dict[str, Tensor]:
-    """Vectors of float32 summed over processes, in one message."""
-    if accelerator.num_processes == 1:
-        return dict(vectors)
-    packed = accelerator.reduce(torch.cat(list(vectors.values())), reduction="sum")
-    parts = packed.split([value.numel() for value in vectors.values()])
-    return dict(zip(vectors, parts, strict=True))

@@ -1,0 +1,84 @@
+"""One step of fine-tuning: crops and labels, loss, gradients; the same however a batch is shared out.
+
+Dropout draws on each process for itself. The running statistics of batch norms are those of a pass.
+"""
+
+import math
+from contextlib import nullcontext
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from glare.data.labelled import PackedLabelled
+from glare.errors import UserError
+from glare.finetune_plan import Plan
+from glare.labelled_crops import IGNORED, TrainingCrops, training_batch
+from glare.runtime import seeded
+from glare.schedules import warmup_poly
+from glare.shares import added_up, draws_of, passes
+
+CROPS, DROPOUT = 1, 2
+"""What a step draws for: a part of the seed of its generator."""
+
+
+def cut_batch(
+    packed: PackedLabelled,
+    index: Tensor,
+    crops: TrainingCrops,
+    accelerator: Accelerator,
+    *,
+    seed: int,
+    step: int,
+) -> tuple[Tensor, Tensor]:
+    """This process's share of the batch ``index``: pixels and labels."""
+    draws = draws_of(accelerator, len(index), seed=seed, step=step, purpose=CROPS)
+    return training_batch(packed, index[draws.share], crops, accelerator.device, draws=draws)
+
+
+def train_step(
+    wrapped: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: tuple[Tensor, Tensor],
+    plan: Plan,
+    accelerator: Accelerator,
+    *,
+    seed: int,
+    step: int,
+) -> float:
+    """One optimizer step on this process's pixels and labels; returns the loss of the whole batch.
+
+    Raises UserError, on all processes, when it is not finite; nothing has changed then.
+    """
+    # dropout draws from the global generator: seeded anew, it draws the same after a resume
+    torch.manual_seed(seeded(seed, step, DROPOUT, accelerator.process_index).initial_seed())
+    pixels, labels = batch
+    labelled = added_up({"pixels": (labels != IGNORED).sum().view(1).float()}, accelerator)["pixels"].clamp(min=1)
+    shares = []
+    for images in passes(len(labels), plan.gradient_accumulation_steps):
+        last = images.stop == len(labels)
+        with nullcontext() if last else accelerator.no_sync(wrapped):
+            with accelerator.autocast():
+                loss = wrapped(pixel_values=pixels[images], labels=labels[images]).loss
+            part = loss * ((labels[images] != IGNORED).sum() / labelled).squeeze()
+            accelerator.backward(part * accelerator.num_processes)  # of whose gradients DDP takes the mean
+        shares.append(part.detach().float().view(1))
+    value = added_up({"loss": torch.stack(shares).sum(dim=0)}, accelerator)["loss"].item()
+    if not math.isfinite(value):
+        raise UserError(
+            f"the loss became {value} at step {step + 1}; lower learning_rate (now {plan.learning_rate}) and "
+            f"backbone_learning_rate (now {plan.backbone_learning_rate}), or give --precision fp32, in a new run"
+        )
+    head, backbone = learning_rates(plan, step)
+    for group in optimizer.param_groups:
+        group["lr"] = head if group["head"] else backbone
+    optimizer.step()
+    optimizer.zero_grad()
+    return value
+
+
+def learning_rates(plan: Plan, step: int) -> tuple[float, float]:
+    """Of head and backbone: linear warm-up, then a straight line to zero (mmsegmentation's poly of power 1)."""
+    peaks = (plan.learning_rate, plan.backbone_learning_rate)
+    head, backbone = (warmup_poly(step, steps=plan.steps, warmup=plan.warmup_steps, peak=peak) for peak in peaks)
+    return head, backbone
