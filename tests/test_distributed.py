@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny_models import tiny_vit
 from torch import Tensor
+from transformers import AutoModel
 
 from glare import finetune, pretrain, recipes
 from glare.errors import UserError
@@ -89,6 +90,8 @@ def assert_same_run(found: Path, expected: Path) -> None:
     ours, theirs = state(found), state(expected)
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
+        if name.endswith("k_proj.bias"):
+            continue  # it changes nothing, so its gradient is rounding alone, of which AdamW makes whole steps
         torch.testing.assert_close(
             ours[name], value, atol=1e-5, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
         )
@@ -106,6 +109,24 @@ def test_two_processes_and_accumulated_passes_compute_what_one_process_does(give
     done = launched(given("both", gradient_accumulation_steps=4))
     assert done.returncode == 0, done.stderr
     assert_same_run(given("both")["output"], one)
+
+
+def test_sharded_blocks_compute_the_same(given: Given) -> None:
+    done = launched(given("sharded", shard=True))
+    assert done.returncode == 0, done.stderr
+    assert_same_run(given("sharded")["output"], pretrain.run(given("whole")))
+
+
+def test_a_fully_trained_sharded_vit_resumes_and_is_saved_whole(given: Given) -> None:
+    full = {"adapter": "full", "anchor": 0.0, "checkpoint_every": 2}
+    for changes in ({"steps": STEPS - 1, "warmup_steps": 1}, {"steps": STEPS, "warmup_steps": 1, "resume": True}):
+        done = launched(given("sharded", shard=True, momentum=0.9, momentum_end=0.9, **full, **changes))
+        assert done.returncode == 0, done.stderr
+    straight = {"steps": STEPS - 1, "warmup_steps": 1, "momentum": 0.9, "momentum_end": 0.9}
+    pretrain.run(given("whole", **full, **straight))
+    whole = pretrain.run(given("whole", **full, **straight | {"steps": STEPS, "resume": True}))
+    assert_same_run(given("sharded")["output"], whole)
+    AutoModel.from_pretrained(given("sharded")["output"] / "model")
 
 
 def test_terms_that_leave_parameters_out_train_on_two_processes(given: Given) -> None:

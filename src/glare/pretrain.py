@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 from tqdm import tqdm
 
 from glare import head_start, recipes, region_attention
@@ -29,6 +30,7 @@ from glare.recipes import option, required
 from glare.run_folder import RunFolder
 from glare.runtime import DEVICES, PRECISIONS, TRACKERS, Clock, epoch_batches, make_accelerator, seeded
 from glare.segmenters import image_processor
+from glare.sharding import shard_blocks
 from glare.shares import check_shares
 from glare.student import Student
 from glare.teacher import make_teacher
@@ -82,6 +84,7 @@ class PretrainRecipe:
     seed: int = option(0, "of all draws")
     device: str = option("auto", "where to run", choices=DEVICES)
     precision: str = option("auto", "auto: bf16 where the processor has it", choices=PRECISIONS)
+    shard: bool = option(False, "share the blocks of the ViT out over processes, for weights that fill a GPU (FSDP2)")
     compile: bool = option(False, "torch.compile the blocks of the ViT, for long runs on a GPU")
     checkpoint_every: int = option(100, "steps between checkpoints")
     log_every: int = option(10, "steps between lines of metrics.jsonl")
@@ -137,8 +140,7 @@ def run(given: Mapping[str, Any]) -> Path:
     if recipe.compile:
         student.compile_blocks()
         teacher.compile_blocks()
-    optimizer = make_optimizer(student, recipe.weight_decay)
-    wrapped, optimizer = accelerator.prepare(student, optimizer)
+    wrapped, optimizer = prepare(student, teacher, recipe, accelerator)
     state = TrainState(student, teacher, optimizer)
 
     # run folder, resume
@@ -182,6 +184,7 @@ def run(given: Mapping[str, Any]) -> Path:
         if (step + 1) % recipe.checkpoint_every == 0 or step + 1 == plan.steps:
             folder.write_checkpoint(step + 1, state.tensors(), {"seconds": meter.seconds})
     bar.close()
+    state.join()
     accelerator.end_training()
     seconds = meter.seconds
     if accelerator.is_main_process:
@@ -231,6 +234,18 @@ def make_student(model: GlareModel, recipe: PretrainRecipe) -> Student:
     objective = OBJECTIVES[recipe.objective](config.hidden_size, config.num_attention_heads, settings)
     mask_token = recipe.views.patch_augmentation == "mask"
     return Student(model.backbone, objective, mask_token=mask_token, anchor=recipe.anchor)
+
+
+def prepare(
+    student: Student, teacher: Student, recipe: PretrainRecipe, accelerator: Accelerator
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """The student as its gradients are averaged over processes, and its optimizer."""
+    if recipe.shard and accelerator.num_processes > 1:
+        shard_blocks(student.backbone)
+        shard_blocks(teacher.backbone)
+        return student, accelerator.prepare(make_optimizer(student, recipe.weight_decay))
+    wrapped, optimizer = accelerator.prepare(student, make_optimizer(student, recipe.weight_decay))
+    return wrapped, optimizer
 
 
 def fit_head(

@@ -16,6 +16,7 @@ from glare.errors import UserError
 from glare.objectives.base import Terms
 from glare.pretrain_plan import Plan
 from glare.runtime import Clock
+from glare.sharding import average_whole, is_sharded
 from glare.shares import added_up, draws_of, passes
 from glare.teacher import update_teacher
 from glare.train_state import TrainState, clip_each
@@ -104,6 +105,8 @@ def update(state: TrainState, terms: Terms, plan: Plan, accelerator: Accelerator
     """What follows from the gradients: student, teacher, centres. Returns the norm of all gradients."""
     student = state.student
     accelerator.unscale_gradients(state.optimizer)
+    if is_sharded(student):
+        average_whole(list(student.parameters()), accelerator)
     grad_norm = clip_each([p for p in student.parameters() if p.grad is not None], plan.clip)
     if step < plan.freeze_last_layer_steps:
         student.objective.head.last_layer.zero_grad()

@@ -40,6 +40,7 @@ MAY_DIFFER_ON_RESUME = frozenset(
         "output",
         "report_to",
         "resume",
+        "shard",
         "steps",
         "strict",
     }

@@ -7,6 +7,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from glare.sharding import local
+
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -27,5 +29,5 @@ def averaged_parameters(teacher: nn.Module, student: nn.Module) -> Iterator[tupl
 @torch.no_grad()
 def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """teacher <- momentum * teacher + (1 - momentum) * student, for all that trains (paper section 4)."""
-    pairs = [(ours, theirs) for _, ours, theirs in averaged_parameters(teacher, student)]
+    pairs = [(local(ours), local(theirs)) for _, ours, theirs in averaged_parameters(teacher, student)]
     torch._foreach_lerp_([ours for ours, _ in pairs], [theirs for _, theirs in pairs], 1 - momentum)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from glare.errors import UserError
 from glare.runtime import optimizer_tensors, restore_optimizer
+from glare.sharding import is_sharded, join_blocks, like, local, norms, whole
 from glare.student import Student
 from glare.teacher import averaged_parameters
 
@@ -22,18 +23,23 @@ class TrainState:
     optimizer: torch.optim.Optimizer
 
     def tensors(self) -> dict[str, Tensor]:
-        """What trains, its averages, the centres and the optimizer, by name."""
+        """What trains, its averages, the centres and the optimizer, by name; to be called on every process."""
+        named = self._weights()
+        named |= {f"optimizer.{name}": value for name, value in optimizer_tensors(self.optimizer).items()}
+        return {name: whole(value) for name, value in named.items()}
+
+    def _weights(self) -> dict[str, Tensor]:
         named: dict[str, Tensor] = {
             f"student.{name}": p for name, p in self.student.named_parameters() if p.requires_grad
         }
         named |= {f"teacher.{name}": p for name, p, _ in averaged_parameters(self.teacher, self.student)}
         named |= {f"objective.{name}": buffer for name, buffer in self.student.objective.named_buffers()}
-        return named | {f"optimizer.{name}": value for name, value in optimizer_tensors(self.optimizer).items()}
+        return named
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Undo ``tensors``. Raises UserError when the checkpoint belongs to another model."""
-        own = {name: value for name, value in self.tensors().items() if not name.startswith("optimizer.")}
+        own = self._weights()
         found = {name for name in tensors if not name.startswith("optimizer.")}
         if own.keys() != found:
             raise UserError(
@@ -41,11 +47,17 @@ class TrainState:
                 f"{min(own.keys() ^ found)}); give the recipe it was written with"
             )
         for name, value in own.items():
-            value.copy_(tensors[name])
+            value.copy_(like(tensors[name], value))
         prefix = "optimizer."
-        restore_optimizer(
-            self.optimizer, {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        )
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        saved = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        saved = {key: like(value, parameters[int(key.split(".")[0])]) for key, value in saved.items()}
+        restore_optimizer(self.optimizer, saved)
+
+    def join(self) -> None:
+        """Make sharded weights whole again for good, on every process."""
+        join_blocks(self.student.backbone)
+        join_blocks(self.teacher.backbone)
 
     @torch.no_grad()
     def export_teacher(self) -> None:
@@ -64,16 +76,16 @@ def parameter_groups(student: nn.Module, weight_decay: float) -> list[dict[str, 
 
 
 def make_optimizer(student: nn.Module, weight_decay: float) -> torch.optim.Optimizer:
-    """AdamW over what trains, without a learning rate yet; on a GPU one kernel for all parameters."""
-    groups = parameter_groups(student, weight_decay)
-    return torch.optim.AdamW(groups, lr=0.0, fused=next(student.parameters()).device.type == "cuda")
+    """AdamW over what trains, without a learning rate yet; on a GPU one kernel for all parameters that are whole."""
+    on_gpu = next(student.parameters()).device.type == "cuda"
+    return torch.optim.AdamW(parameter_groups(student, weight_decay), lr=0.0, fused=on_gpu and not is_sharded(student))
 
 
 @torch.no_grad()
 def clip_each(parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
     """Scale the gradient of each parameter to a norm of at most ``limit`` (DINO); returns the norm of all before."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norms = torch.stack(torch._foreach_norm(gradients))
-    torch._foreach_mul_(gradients, (limit / (norms + 1e-6)).clamp(max=1.0).unbind())
-    total: Tensor = norms.norm()
+    lengths = norms(gradients)
+    torch._foreach_mul_([local(gradient) for gradient in gradients], (limit / (lengths + 1e-6)).clamp(max=1.0).unbind())
+    total: Tensor = lengths.norm()
     return total
