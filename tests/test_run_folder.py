@@ -33,7 +33,7 @@ class Job:
 def started(path: Path, **changes: object) -> RunFolder:
     recipe = from_dict(Job, {"output": path, **changes})
     folder = RunFolder.create(path, resume=recipe.resume)
-    folder.write_recipe(recipe)
+    folder.begin(recipe)
     return folder
 
 
@@ -205,13 +205,13 @@ def test_resume_with_another_recipe(tmp_path: Path) -> None:
     metrics = (folder.path / "metrics.jsonl").read_text()
     recipe = Job(output=folder.path, resume=True, learning_rate=0.1, views=Views(num_local=2), log_every=7)
     with pytest.raises(UserError) as caught:
-        folder.write_recipe(recipe)
+        folder.begin(recipe)
     message = str(caught.value)
     assert "learning_rate was 0.001 and is 0.1; views.num_local was 10 and is 2;" in message
     assert "log_every" not in message
     assert (folder.path / "metrics.jsonl").read_text() == metrics
     same = replace(recipe, learning_rate=1e-3, views=Views(), steps=20)
-    folder.write_recipe(same)
+    folder.begin(same)
     assert (folder.path / "recipe.yaml").read_text() == to_yaml(same)
 
 
@@ -227,7 +227,7 @@ def test_a_folder_is_published_whole_over_an_older_one(tmp_path: Path) -> None:
 
 def test_other_processes_only_read(tmp_path: Path) -> None:
     other = RunFolder.create(tmp_path / "run", write=False)
-    other.write_recipe(Job(output=tmp_path / "run"))
+    other.begin(Job(output=tmp_path / "run"))
     other.log(1, loss=1.0)
     other.write_checkpoint(1, {"a": torch.zeros(1)}, {})
     assert everything(tmp_path) == set()
