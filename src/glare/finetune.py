@@ -172,8 +172,8 @@ def run(signals: Signals, recipe: FinetuneRecipe, *, train: LabelledSet | None =
     packed = to_device(packed, accelerator.device)
     batches = epoch_batches(len(packed.names), plan.batch_size, seed=recipe.seed, start=start)
     bar = tqdm(total=plan.steps, initial=start, desc="finetune", disable=not show)
+    signals.hold(folder.path, bar)
     clock, logged = Clock(), start
-    signals.hold(folder.path, plan.steps)
     wrapped.train()
     for step, index in zip(range(start, plan.steps), batches, strict=False):
         if step and recipe.eval_every and step % recipe.eval_every == 0:

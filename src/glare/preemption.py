@@ -17,6 +17,7 @@ from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
 import torch
 from accelerate import Accelerator
+from tqdm import tqdm
 
 from glare import checkpoints
 from glare.errors import Stopped
@@ -39,7 +40,8 @@ class Signals:
         self.received = 0
         self._when = -SAME_SECONDS
         self._held = False
-        self._run: tuple[Path, int] | None = None
+        self._run: Path | None = None
+        self._bar: tqdm[Any] | None = None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Signals":
@@ -53,12 +55,14 @@ class Signals:
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.close()  # what is said next begins a line
         for number, before in self._before.items():
             signal.signal(number, before)
 
-    def hold(self, run: Path, steps: int) -> None:
-        """The loop begins: from now on a signal is noted, and ``asked`` tells of it. ``steps`` are those of the run."""
-        self._held, self._run = True, (run, steps)
+    def hold(self, run: Path, bar: "tqdm[Any]") -> None:
+        """The loop begins: from now on a signal is noted, and ``asked`` tells of it. ``bar`` counts the run's steps."""
+        self._held, self._run, self._bar = True, run, bar
 
     def asked(self, accelerator: Accelerator) -> bool:
         """Whether to stop after this step: the same answer on all processes, of which one alone may have a signal."""
@@ -90,26 +94,25 @@ class Signals:
     def _end(self, number: int) -> NoReturn:
         """Say so and leave the job: with KeyboardInterrupt after Ctrl-C, otherwise with Stopped."""
         message = f"stopped by {_name(number)} {self._progress()}"
+        before = self._before.get(number)
+        self.__exit__()
         if number == signal.SIGINT:
             raise KeyboardInterrupt(message)
         if os.environ.get("RANK", "0") == "0":
             print(message, file=sys.stderr, flush=True)
-        before = self._before.get(number)
-        self.__exit__()
         if callable(before):
             before(number, None)  # of a plug-in that hands the job back to the scheduler
         raise Stopped(number)
 
     def _progress(self) -> str:
         """What was done, and how to go on."""
-        if self._run is None:
+        if self._run is None or self._bar is None:
             return "before any step; nothing is lost, give the command again with --resume"
-        folder, steps = self._run
-        found = checkpoints.folders(folder)
+        found = checkpoints.folders(self._run)
         if not found:
-            return f"in {folder}, before its first checkpoint; --resume begins at the first step"
+            return f"in {self._run}, before its first checkpoint; --resume begins at the first step"
         step = checkpoints.step_of(found[0])
-        return f"with step {step} of {steps} done; the checkpoint is {found[0]}; go on with --resume"
+        return f"with step {step} of {self._bar.total} done; the checkpoint is {found[0]}; go on with --resume"
 
 
 def stoppable(job: Callable[Concatenate[Signals, P], R]) -> Callable[P, R]:

@@ -175,8 +175,8 @@ def run(signals: Signals, given: Mapping[str, Any]) -> Path:
     images = packed.images.to(accelerator.device) if fitting else packed.images
     batches = epoch_batches(len(packed.names), plan.batch_size, seed=recipe.seed, start=start)
     clock = Clock()
-    signals.hold(folder.path, plan.steps)
     bar = tqdm(total=plan.steps, initial=start, desc="pretrain", disable=not accelerator.is_main_process)
+    signals.hold(folder.path, bar)
     for step, batch in zip(range(start, plan.steps), batches, strict=False):
         with clock.measure("data"):
             views = cut_views(
