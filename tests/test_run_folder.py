@@ -76,6 +76,52 @@ def test_resume_of_nothing_starts_from_nothing(tmp_path: Path) -> None:
     assert folder.latest_checkpoint() is None
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_that_was_killed_before_its_recipe_was_there(tmp_path: Path, resume: bool) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".recipe.yaml.partial").write_text("output: o")
+    folder = started(tmp_path / "run", resume=resume)
+    assert everything(folder.path) == {"recipe.yaml"}
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint(tmp_path: Path) -> None:
+    folder = started(tmp_path / "run")
+    folder.log(1, loss=1.0)
+    (folder.path / "checkpoints" / ".step_000001.partial").mkdir(parents=True)
+    with pytest.raises(UserError, match="run is in use; give another --output, or --resume to go on with it"):
+        started(tmp_path / "run")
+    resumed = started(tmp_path / "run", resume=True)
+    assert resumed.latest_checkpoint() is None
+    assert everything(resumed.path) == {"recipe.yaml", "metrics.jsonl", "checkpoints"}
+    assert (resumed.path / "metrics.jsonl").read_text() == ""
+
+
+def test_a_resumed_run_has_the_metrics_that_its_checkpoint_has_seen(tmp_path: Path) -> None:
+    folder = started(tmp_path / "run")
+    folder.log(1, loss=1.0)
+    folder.write_checkpoint(1, {"a": torch.zeros(1)}, {})
+    seen = (folder.path / "metrics.jsonl").read_bytes()
+    folder.log(1, miou=0.5)  # of the same step, after the checkpoint: it comes again
+    started(tmp_path / "run", resume=True)
+    assert (folder.path / "metrics.jsonl").read_bytes() == seen
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_left_as_it_is(tmp_path: Path) -> None:
+    folder = started(tmp_path / "run")
+    folder.log(1, loss=1.0)
+    folder.write_checkpoint(1, {"a": torch.zeros(1)}, {})
+    (folder.path / "checkpoints/step_000001/SHA256SUMS").write_text("")
+    before = {name: path.read_bytes() for name in everything(folder.path) if (path := folder.path / name).is_file()}
+    with (
+        pytest.warns(UserWarning, match="left out"),
+        pytest.raises(UserError, match=r"no checkpoint in .* can be used"),
+    ):
+        started(tmp_path / "run", resume=True)
+    assert before == {
+        name: path.read_bytes() for name in everything(folder.path) if (path := folder.path / name).is_file()
+    }
+
+
 def test_recipe_is_resolved_yaml(tmp_path: Path) -> None:
     folder = started(tmp_path / "run", steps=3)
     assert from_dict(Job, read_mapping(folder.path / "recipe.yaml")) == Job(output=tmp_path / "run", steps=3)
