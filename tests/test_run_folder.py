@@ -41,6 +41,10 @@ def everything(path: Path) -> set[str]:
     return {str(file.relative_to(path)) for file in path.rglob("*")}
 
 
+def files(path: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
 def test_check_touches_nothing(tmp_path: Path) -> None:
     RunFolder.check(tmp_path / "a" / "b")
     RunFolder.check(tmp_path)
@@ -111,15 +115,13 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_left_as_it_is(tmp_path: Path
     folder.log(1, loss=1.0)
     folder.write_checkpoint(1, {"a": torch.zeros(1)}, {})
     (folder.path / "checkpoints/step_000001/SHA256SUMS").write_text("")
-    before = {name: path.read_bytes() for name in everything(folder.path) if (path := folder.path / name).is_file()}
+    before = files(folder.path)
     with (
         pytest.warns(UserWarning, match="left out"),
         pytest.raises(UserError, match=r"no checkpoint in .* can be used"),
     ):
         started(tmp_path / "run", resume=True)
-    assert before == {
-        name: path.read_bytes() for name in everything(folder.path) if (path := folder.path / name).is_file()
-    }
+    assert files(folder.path) == before
 
 
 def test_recipe_is_resolved_yaml(tmp_path: Path) -> None:
