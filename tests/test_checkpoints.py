@@ -6,6 +6,7 @@ import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from glare.checkpoints import Checkpoint
 from glare.disk_space import room_for
 from glare.errors import UserError
 from glare.run_folder import RunFolder, atomic_write_text
+from glare.runtime import restore_scaler, scaler_state
 
 NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -252,6 +254,16 @@ def test_other_files_on_a_full_disk(folder: RunFolder, monkeypatch: pytest.Monke
             atomic_write_text(folder.path / name, "after")
     assert {path.name for path in folder.path.iterdir()} <= {"eval.json", "metrics.jsonl"}
     assert (folder.path / "eval.json").read_text() == "before"
+
+
+def test_the_scale_of_the_loss_under_fp16_comes_back(folder: RunFolder) -> None:
+    before, after = (SimpleNamespace(scaler=torch.amp.GradScaler("cpu", init_scale=scale)) for scale in (2.0**9, 1.0))
+    folder.write_checkpoint(1, {"a": torch.zeros(1)}, {"scaler": scaler_state(before)})
+    restore_scaler(after, found(folder).state["scaler"])
+    assert after.scaler.state_dict() == before.scaler.state_dict() and after.scaler.get_scale() == 2.0**9
+    plain = SimpleNamespace(scaler=None)
+    assert scaler_state(plain) is None
+    restore_scaler(plain, scaler_state(before))
 
 
 def test_other_errors_stay_what_they_are() -> None:
