@@ -103,6 +103,7 @@ class Starter:
 
     def close(self) -> None:
         """End the interpreter."""
+        self._process.kill()
         self._process.communicate()
 
     def _ask(self, request: dict[str, Any]) -> int:

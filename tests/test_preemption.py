@@ -1,5 +1,6 @@
 """SIGTERM, SIGUSR1 and Ctrl-C: the step is finished and saved, the message says how to go on, handlers come back."""
 
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -138,6 +139,29 @@ def test_a_resumed_run_fits_no_head_that_the_checkpoint_replaces(
     assert cli.main([*command, "--resume"]) == 0
 
 
+@pytest.mark.parametrize("job", ["pretrain", "finetune"])
+@pytest.mark.parametrize("state", ["no model", "half a model", "a model without the rest"])
+def test_after_the_last_step_the_model_is_made_without_a_step(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job: str, state: str
+) -> None:
+    straight, run = tmp_path / "straight", tmp_path / "run"
+    command = arguments(job, inputs, straight, steps=2, checkpoint_every=2)
+    assert cli.main(command) == 0
+    shutil.copytree(straight, run)
+    for made in (run / name for name in ("model", "adapter", "report", "price.json", "eval.json")):
+        if made.is_dir() and not (made.name == "model" and state == "a model without the rest"):
+            shutil.rmtree(made)
+        elif made.is_file():
+            made.unlink()
+    if state == "half a model":
+        (run / ".model.partial").mkdir()
+        (run / ".model.partial" / "model.safetensors").write_bytes(b"half")
+    monkeypatch.setattr(f"glare.{job}.train_step", None)
+    # the recipe that the run itself has written, with the output where it is now
+    assert cli.main([job, "--recipe", str(run / "recipe.yaml"), "--output", str(run), "--resume"]) == 0
+    assert_same_run(run, straight)
+
+
 class OneProcess:
     num_processes, process_index = 1, 0
     ended = False
@@ -171,9 +195,35 @@ def test_all_processes_stop_when_one_has_the_signal(tmp_path: Path) -> None:
         holding(signals, tmp_path)
         assert not signals.asked(Second(0))
         assert signals.asked(Second(signal.SIGTERM))
+        signal.raise_signal(signal.SIGTERM)  # sent to all, it comes here a moment later and is no second one
         with pytest.raises(Stopped) as stopped:
             signals.release(Second(0))
     assert stopped.value.code == 143
+
+
+def test_a_signal_that_comes_while_the_processes_agree_counts_after_the_next_step(tmp_path: Path) -> None:
+    class Late(Second):
+        def gather(self, mine: torch.Tensor) -> torch.Tensor:
+            signal.raise_signal(signal.SIGTERM)
+            return super().gather(mine)
+
+    with Signals() as signals:
+        holding(signals, tmp_path)
+        assert not signals.asked(Late(0))
+        assert signals.asked(Second(0))
+
+
+def test_a_signal_after_the_last_step_waits_for_nobody(tmp_path: Path) -> None:
+    class Alone(Second):
+        def wait_for_everyone(self) -> None:
+            raise AssertionError("the others go on and never come")
+
+    with Signals() as signals:
+        holding(signals, tmp_path)
+        assert not signals.asked(Alone(0))
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(Stopped):
+            signals.release(Alone(0))
 
 
 def test_a_second_signal_ends_at_once_but_not_the_first_passed_on(

@@ -40,6 +40,7 @@ class Signals:
         self.received = 0
         self._when = -SAME_SECONDS
         self._held = False
+        self._agreed = False
         self._run: Path | None = None
         self._bar: tqdm[Any] | None = None
         self._before: dict[int, Any] = {}
@@ -66,16 +67,20 @@ class Signals:
 
     def asked(self, accelerator: Accelerator) -> bool:
         """Whether to stop after this step: the same answer on all processes, of which one alone may have a signal."""
+        number = self.received
         if accelerator.num_processes > 1:
-            mine = torch.tensor([self.received], device=accelerator.device)
-            self.received = int(accelerator.gather(mine).max())
-        return self.received != 0
+            number = int(accelerator.gather(torch.tensor([number], device=accelerator.device)).max())
+        self._agreed = number != 0
+        if self._agreed and not self.received:
+            self.received, self._when = number, time.monotonic()  # as if it had come here
+        return self._agreed
 
     def release(self, accelerator: Accelerator) -> None:
         """The loop is over and its checkpoint written: end the run if it was asked for, from now on at once."""
         self._held = False
         if self.received:
-            accelerator.wait_for_everyone()  # a launcher kills the others as soon as one has left
+            if self._agreed:
+                accelerator.wait_for_everyone()  # a launcher kills the others as soon as one has left
             accelerator.end_training()
             self._end(self.received)
 
