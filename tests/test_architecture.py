@@ -19,6 +19,7 @@ ONE_WAY = (
     ("configuration_glare", "segmentation_heads", "modeling_glare", "objectives"),
     ("uniadapter", "modeling_glare"),
     ("recipes", "run_folder"),
+    ("checkpoints", "run_folder"),
 )
 """In each row, no module leads to one on its right, however long the way."""
 

@@ -406,7 +406,7 @@ def test_an_error_while_writing_leaves_nothing(tmp_path: Path, monkeypatch: pyte
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("glare.convert.save_file", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(UserError, match=r"there is no room for .* \(No space left on device\); what was there"):
         convert(tmp_path, ONE, "dino")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pth"]
 

@@ -22,6 +22,7 @@ from glare.errors import UserError
 from glare.plots import CHART_TITLES, NOT_CURVES
 from glare.pretrain import PretrainRecipe
 from glare.pretrain_plan import Plan
+from glare.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
 SMALL: dict[str, Any] = {
@@ -114,8 +115,10 @@ def test_a_resumed_run_adds_the_seconds_up(
     given: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def cost_after(**saved: float) -> dict[str, Any]:
-        path = folder / "checkpoints" / "step_000004" / "state.json"
-        path.write_text(json.dumps({"step": 4, "state": saved}))
+        run = RunFolder(folder, write=True)
+        last = run.latest_checkpoint()
+        assert last is not None
+        run.write_checkpoint(last.step, last.tensors, saved)
         pretrain.run(given("run", resume=True))
         values: dict[str, Any] = json.loads((folder / "price.json").read_text())
         return values

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import cast
 
-from glare.errors import UserError
+from glare.errors import Stopped, UserError
 from glare.recipes import nearest
 from glare.versions import version_of
 
@@ -28,7 +28,10 @@ USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a job; the exit code is 0, 1 for a failing machine, 2 for a user's mistake, 130 for Ctrl-C."""
+    """Run a job; the exit code is 0, 1 for a failing machine, 2 for a user's mistake or a full disk in a training.
+
+    A job that a signal has ended leaves with 128 + the signal: 130 for Ctrl-C, 143 for SIGTERM, 138 for SIGUSR1.
+    """
     job, *rest = list(sys.argv[1:] if argv is None else argv) or [""]
     if job in ("-h", "--help"):
         print(_help())
@@ -47,8 +50,10 @@ def _run(job: str, argv: Sequence[str]) -> int:
         _entry_point(job)(argv)
     except UserError as error:
         return _complain(prog, str(error))
-    except KeyboardInterrupt:
-        return _complain(prog, "stopped by Ctrl-C", code=INTERRUPTED)
+    except Stopped as stopped:
+        return stopped.code
+    except KeyboardInterrupt as interrupt:
+        return _complain(prog, str(interrupt) or "stopped by Ctrl-C", code=INTERRUPTED)
     except OSError as error:
         return _complain(prog, _sentence(error), code=FAILURE)
     return 0

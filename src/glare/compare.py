@@ -90,7 +90,7 @@ def run(recipe: CompareRecipe) -> Comparison:
     folder = RunFolder(recipe.output, write=True)
     job = Job(recipe, accelerator, base, read_normalisation(recipe.base), folder)
     subjects = [open_subject(job, *numbered) for numbered in zip(range(len(data)), data, pools, strict=True)]
-    RunFolder.create(recipe.output, resume=recipe.resume).write_recipe(recipe)
+    RunFolder.create(recipe.output, resume=recipe.resume).begin(recipe)
 
     # controls, measurements, verdicts
     draws = {row.name: make_controls(job, row, subjects[0], number) for number, row in enumerate(rows)}

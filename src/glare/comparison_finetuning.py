@@ -1,5 +1,6 @@
 """The probe ``fpn`` of a comparison: full fine-tuning of a model on the training part of every fold."""
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,7 @@ class FineTuning:
                 resume=(output / "recipe.yaml").exists(),
             )
             finetune.run(recipe, train=subject.pool.data.subset(subject.folds[seed][fold].train))
+            shutil.rmtree(output / "checkpoints", ignore_errors=True)  # larger than the model, and of no more use
         return output
 
 

@@ -1,4 +1,4 @@
-"""The one exception that stands for a user's mistake."""
+"""The exceptions that are no fault of the program: a user's mistake, and a signal that ends a run."""
 
 
 class UserError(Exception):
@@ -6,6 +6,15 @@ class UserError(Exception):
 
     The command line prints it in one line, without a traceback, and exits with code 2.
     """
+
+
+class Stopped(SystemExit):
+    """A run that SIGTERM or SIGUSR1 has ended, after it has said so; the process leaves with 128 + the signal."""
+
+    code: int
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(128 + signal_number)
 
 
 def first_line(error: Exception) -> str:

@@ -6,7 +6,7 @@ their own, equal only in long runs; the warm-up is a tenth of the steps where th
 at their native size, and the scale is relative to it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -18,15 +18,18 @@ from transformers import PreTrainedModel
 
 from glare import recipes
 from glare.data.labelled import LabelledSet, PackedLabelled, draw_images, open_labelled, pack_labelled
+from glare.disk_space import room_for
 from glare.errors import UserError
 from glare.evaluate import confusion, default_split, describe, table
 from glare.figures import write_report
+from glare.finetune_log import describe_run, measurements, progress_text
 from glare.finetune_plan import Plan, make_plan
 from glare.finetune_step import cut_batch, learning_rates, train_step
 from glare.inference import Tiling
 from glare.labelled_crops import TrainingCrops, to_device
 from glare.metrics import SegmentationScores
 from glare.model_card import write_card
+from glare.preemption import Signals, stoppable
 from glare.recipes import option, required
 from glare.run_folder import RunFolder, atomic_write_json
 from glare.runtime import (
@@ -36,6 +39,8 @@ from glare.runtime import (
     Clock,
     epoch_batches,
     make_accelerator,
+    restore_scaler,
+    scaler_state,
 )
 from glare.segmenters import (
     HEADS,
@@ -87,6 +92,7 @@ class FinetuneRecipe:
     device: str = option("auto", "where to run", choices=DEVICES)
     precision: str = option("auto", "auto: bf16 where the processor has it", choices=PRECISIONS)
     checkpoint_every: int = option(500, "steps between checkpoints")
+    keep_checkpoints: int = option(2, "how many of the last checkpoints stay; one more has to fit on the disk")
     log_every: int = option(10, "steps between lines of metrics.jsonl")
     num_workers: int = option(8, "threads that decode images")
     report_to: str = option("tensorboard", "trackers besides metrics.jsonl", choices=TRACKERS)
@@ -94,7 +100,8 @@ class FinetuneRecipe:
 
     def __post_init__(self) -> None:
         Tiling(self.window, self.stride)
-        for name in ("num_images", "steps", "batch_size", "crop_size", "eval_every", "checkpoint_every", "log_every"):
+        every = ("eval_every", "checkpoint_every", "log_every")
+        for name in ("num_images", "steps", "batch_size", "crop_size", *every, "keep_checkpoints"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; give at least 1")
@@ -118,7 +125,9 @@ class Job:
     val: LabelledSet | None
 
 
-def run(recipe: FinetuneRecipe, *, train: LabelledSet | None = None) -> Path:
+@room_for("the files of the run")
+@stoppable
+def run(signals: Signals, recipe: FinetuneRecipe, *, train: LabelledSet | None = None) -> Path:
     """Fine-tune, evaluate where there is something to evaluate on, and return the run folder.
 
     ``train``: images to train on in place of those the recipe names; then nothing is evaluated.
@@ -150,21 +159,26 @@ def run(recipe: FinetuneRecipe, *, train: LabelledSet | None = None) -> Path:
 
     # run folder, resume
     folder = RunFolder.create(recipe.output, resume=recipe.resume, write=accelerator.is_main_process)
-    folder.write_recipe(recipe)
+    start, checkpoint = 0, folder.begin(recipe)
     accelerator.init_trackers("")
-    start, checkpoint = 0, folder.latest_checkpoint()
     if checkpoint is not None:
         start = checkpoint.step
         state.restore(checkpoint.tensors)
+        restore_scaler(accelerator, checkpoint.state.get("scaler"))
 
     # the loop
     crops = TrainingCrops(plan.crop_size, recipe.scale, recipe.dominant_share, normalise)
     packed = to_device(packed, accelerator.device)
     batches = epoch_batches(len(packed.names), plan.batch_size, seed=recipe.seed, start=start)
     bar = tqdm(total=plan.steps, initial=start, desc="finetune", disable=not show)
+    signals.hold(folder.path, bar)
     clock, logged = Clock(), start
     wrapped.train()
     for step, index in zip(range(start, plan.steps), batches, strict=False):
+        if step and recipe.eval_every and step % recipe.eval_every == 0:
+            # first here, after the checkpoint of these steps: a run that is stopped in it does it again
+            scores, _ = judge(job, model)
+            folder.log(step, miou=scores.miou, aacc=scores.aacc, macc=scores.macc)
         with clock.measure("data"):
             batch = cut_batch(packed, index, crops, accelerator, seed=recipe.seed, step=step)
         with clock.measure("train"):
@@ -172,17 +186,19 @@ def run(recipe: FinetuneRecipe, *, train: LabelledSet | None = None) -> Path:
         bar.update()
         done, last = step + 1, step + 1 == plan.steps
         if last or done % recipe.log_every == 0:
-            values = measurements(job, loss, clock, step=step, steps=done - logged)
+            values = measurements(plan, loss, clock, rates=learning_rates(plan, step), steps=done - logged)
             folder.log(done, **values)
             accelerator.log(values, step=done)
             bar.set_postfix_str(progress_text(values))
             clock, logged = Clock(), done
-        if not last and done % recipe.checkpoint_every == 0:
-            folder.write_checkpoint(done, state.tensors(), {})
-        if not last and recipe.eval_every and done % recipe.eval_every == 0:
-            scores, _ = judge(job, model)
-            folder.log(done, miou=scores.miou, aacc=scores.aacc, macc=scores.macc)
+        stopping = signals.asked(accelerator)
+        if stopping or last or done % recipe.checkpoint_every == 0:
+            others = {"scaler": scaler_state(accelerator)}
+            folder.write_checkpoint(done, state.tensors(), others, keep=recipe.keep_checkpoints)
+        if stopping:
+            break
     bar.close()
+    signals.release(accelerator)
     finish(job, model, folder)
     if folder.write:
         write_card(folder.path)
@@ -229,40 +245,6 @@ def resolve(recipe: FinetuneRecipe, packed: PackedLabelled, *, patch: int, accel
         raise UserError(f"crop_size {plan.crop_size} is no multiple of the patch size {patch}; give {fitting}")
     check_shares(plan.batch_size, processes, plan.gradient_accumulation_steps)
     return plan
-
-
-def describe_run(recipe: FinetuneRecipe, packed: PackedLabelled, plan: Plan) -> str:
-    """What is about to happen, for the user: the data, what was skipped and what was chosen."""
-    count = len(packed.names)
-    lines = [f"{count} labelled images of {len(packed.classes)} classes, {len(packed.skipped)} skipped"]
-    lines += [f"  skipped {name}: {reason}" for name, reason in packed.skipped[:10]]
-    if len(packed.skipped) > 10:
-        lines.append(f"  ... and {len(packed.skipped) - 10} more")
-    passes = plan.steps * plan.batch_size / count
-    lines.append(f"{plan.steps} steps of {plan.batch_size} crops of {plan.crop_size} px = {passes:.1f} passes")
-    chosen = [f"{name}={value}" for name, value in asdict(plan).items() if getattr(recipe, name) is None]
-    if chosen:
-        lines.append(f"chosen from the data: {', '.join(chosen)}")
-    return "\n".join(lines)
-
-
-def measurements(job: Job, loss: float, clock: Clock, *, step: int, steps: int) -> dict[str, float]:
-    """One line of the log: this step's loss and rates, and the speed over the ``steps`` since the last line."""
-    head, backbone = learning_rates(job.plan, step)
-    seconds = clock.seconds["data"] + clock.seconds["train"]
-    return {
-        "loss": loss,
-        "learning_rate": head,
-        "backbone_learning_rate": backbone,
-        "images_per_second": steps * job.plan.batch_size / seconds,
-        "data_wait": clock.seconds["data"] / seconds,
-    }
-
-
-def progress_text(values: Mapping[str, float]) -> str:
-    """Behind the progress bar."""
-    speed = f"{values['images_per_second']:.1f} images/s, {values['data_wait']:.0%} waiting for data"
-    return f"loss {values['loss']:.3f} | {speed}"
 
 
 def judge(job: Job, model: PreTrainedModel) -> tuple[SegmentationScores, list[tuple[str, str]]]:

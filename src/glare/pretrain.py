@@ -11,24 +11,36 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm import tqdm
 
-from glare import head_start, recipes, region_attention
+from glare import checkpoints, head_start, recipes, region_attention
 from glare.backbones import ADAPTERS, adapt, load_backbone, read_normalisation
 from glare.crops import PackedImages, fits, subset
 from glare.data.cache import pack
 from glare.data.sources import open_source
+from glare.disk_space import room_for
 from glare.draws import Draws
 from glare.errors import UserError
 from glare.figures import write_report
 from glare.model_card import write_card
 from glare.modeling_glare import GlareModel
 from glare.objectives.glare import GlareObjective, GlareSettings
+from glare.preemption import Signals, stoppable
 from glare.pretrain_log import describe, measurements, progress_text
 from glare.pretrain_plan import Plan, derive_model, derive_optimisation, derive_steps, overlay
 from glare.pretrain_step import cut_views, train_step
 from glare.price import Meter, trained_parameters
 from glare.recipes import option, required
 from glare.run_folder import RunFolder
-from glare.runtime import DEVICES, PRECISIONS, TRACKERS, Clock, epoch_batches, make_accelerator, seeded
+from glare.runtime import (
+    DEVICES,
+    PRECISIONS,
+    TRACKERS,
+    Clock,
+    epoch_batches,
+    make_accelerator,
+    restore_scaler,
+    scaler_state,
+    seeded,
+)
 from glare.segmenters import image_processor
 from glare.sharding import shard_blocks
 from glare.shares import check_shares
@@ -87,6 +99,7 @@ class PretrainRecipe:
     shard: bool = option(False, "share the blocks of the ViT out over processes, for weights that fill a GPU (FSDP2)")
     compile: bool = option(False, "torch.compile the blocks of the ViT, for long runs on a GPU")
     checkpoint_every: int = option(100, "steps between checkpoints")
+    keep_checkpoints: int = option(2, "how many of the last checkpoints stay; one more has to fit on the disk")
     log_every: int = option(10, "steps between lines of metrics.jsonl")
     num_workers: int | None = option(None, "threads that decode images; one a core where not given")
     report_to: str = option("tensorboard", "trackers besides metrics.jsonl", choices=TRACKERS)
@@ -94,16 +107,24 @@ class PretrainRecipe:
     views: ViewConfig = option(ViewConfig(), "views")
     glare: GlareSettings = option(GlareSettings(), "objective")
 
+    def __post_init__(self) -> None:
+        for name in ("checkpoint_every", "keep_checkpoints", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; give at least 1")
+
 
 def main(argv: Sequence[str]) -> None:
     """Entry point of ``glare pretrain`` and of ``accelerate launch training/pretrain.py``."""
     run(recipes.parse_given(PretrainRecipe, argv, prog="glare pretrain"))
 
 
-def run(given: Mapping[str, Any]) -> Path:
+@room_for("the files of the run")
+@stoppable
+def run(signals: Signals, given: Mapping[str, Any]) -> Path:
     """Adapt; ``given`` are the recipe keys the user set, the others are derived from the data or the paper's.
 
-    Returns the run folder.
+    Returns the run folder. Raises Stopped after SIGTERM and SIGUSR1, KeyboardInterrupt after Ctrl-C, with a checkpoint
+    of all finished steps.
     """
     recipe = recipes.from_dict(PretrainRecipe, given)
     RunFolder.check(recipe.output, resume=recipe.resume)
@@ -134,7 +155,8 @@ def run(given: Mapping[str, Any]) -> Path:
         started = region_attention.start(student.objective.cross_attention, recipe.backbone)
         if started:
             accelerator.print(started)
-    if recipe.glare.head_init == "data":
+    resuming = recipe.resume and checkpoints.folders(recipe.output)
+    if recipe.glare.head_init == "data" and not resuming:  # a checkpoint has all that this would change
         fit_head(student, packed.images, recipe, accelerator, patch_size=model.patch_size, normalise=normalise)
     teacher = make_teacher(student)
     if recipe.compile:
@@ -145,12 +167,12 @@ def run(given: Mapping[str, Any]) -> Path:
 
     # run folder, resume
     folder = RunFolder.create(recipe.output, resume=recipe.resume, write=accelerator.is_main_process)
-    folder.write_recipe(recipe)
+    checkpoint = folder.begin(recipe)
     accelerator.init_trackers("")
-    checkpoint = folder.latest_checkpoint()
     start = 0
     if checkpoint is not None:
         state.restore(checkpoint.tensors)
+        restore_scaler(accelerator, checkpoint.state.get("scaler"))
         start, meter.earlier = checkpoint.step, checkpoint.state.get("seconds", math.nan)
 
     # the loop
@@ -159,6 +181,7 @@ def run(given: Mapping[str, Any]) -> Path:
     batches = epoch_batches(len(packed.names), plan.batch_size, seed=recipe.seed, start=start)
     clock = Clock()
     bar = tqdm(total=plan.steps, initial=start, desc="pretrain", disable=not accelerator.is_main_process)
+    signals.hold(folder.path, bar)
     for step, batch in zip(range(start, plan.steps), batches, strict=False):
         with clock.measure("data"):
             views = cut_views(
@@ -181,9 +204,14 @@ def run(given: Mapping[str, Any]) -> Path:
             accelerator.log(values, step=step + 1)
             bar.set_postfix_str(progress_text(values))
             clock = Clock()
-        if (step + 1) % recipe.checkpoint_every == 0 or step + 1 == plan.steps:
-            folder.write_checkpoint(step + 1, state.tensors(), {"seconds": meter.seconds})
+        stopping = signals.asked(accelerator)
+        if stopping or (step + 1) % recipe.checkpoint_every == 0 or step + 1 == plan.steps:
+            others = {"seconds": meter.seconds, "scaler": scaler_state(accelerator)}
+            folder.write_checkpoint(step + 1, state.tensors(), others, keep=recipe.keep_checkpoints)
+        if stopping:
+            break
     bar.close()
+    signals.release(accelerator)
     state.join()
     accelerator.end_training()
     seconds = meter.seconds

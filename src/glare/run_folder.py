@@ -8,18 +8,17 @@ import json
 import math
 import os
 import shutil
-import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from glare import checkpoints
+from glare.checkpoints import Checkpoint
+from glare.disk_space import room_for
 from glare.errors import UserError
 from glare.recipes import to_dict, to_yaml
 from glare.typed_values import written
@@ -35,6 +34,7 @@ MAY_DIFFER_ON_RESUME = frozenset(
         "device",
         "epochs",
         "gradient_accumulation_steps",
+        "keep_checkpoints",
         "log_every",
         "num_workers",
         "output",
@@ -46,15 +46,6 @@ MAY_DIFFER_ON_RESUME = frozenset(
     }
 )
 """Recipe keys that may change between a run and its ``--resume``."""
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """The state after ``step`` optimizer steps, on the CPU."""
-
-    step: int
-    tensors: dict[str, Tensor]
-    state: dict[str, Any]
 
 
 class RunFolder:
@@ -75,7 +66,7 @@ class RunFolder:
         """
         if path.exists() and not path.is_dir():
             raise UserError(f"the output {path} is a file; give a folder that is new or empty")
-        if path.exists() and any(path.iterdir()):
+        if path.exists() and not all(map(_is_leftover, path.iterdir())):
             _check_used(path, resume=resume)
         above = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
         if not above.is_dir() or not os.access(above, os.W_OK):
@@ -86,101 +77,97 @@ class RunFolder:
         """Make the folder, once everything that the user may have got wrong is known to be right."""
         if write:
             cls.check(path, resume=resume)
-            path.mkdir(parents=True, exist_ok=True)
+            with room_for(path):
+                path.mkdir(parents=True, exist_ok=True)
+                _sync(path.parent)
         return cls(path, write=write)
 
-    def write_recipe(self, recipe: "DataclassInstance") -> None:
-        """Write ``recipe.yaml``; in a resumed folder, bring the metrics back to the latest checkpoint.
+    def begin(self, recipe: "DataclassInstance") -> Checkpoint | None:
+        """Write ``recipe.yaml`` and return the checkpoint to go on from, None where there is none.
 
-        Raises UserError, with nothing changed, where the run was made with other values of keys that matter.
+        In a resumed folder, what a killed run was writing goes, and the metrics are brought back to the checkpoint.
+        Raises UserError, with nothing changed, where the run was made with other values of keys that matter, or has
+        checkpoints of which none is usable.
         """
         file = self.path / "recipe.yaml"
         if file.exists():
             _check_same(file, recipe)
+        checkpoint = self.latest_checkpoint()
         if self.write:
             self._clear_leftovers()
-            self._rewind()
+            self._rewind(checkpoint)
             atomic_write_text(file, to_yaml(recipe))
+        return checkpoint
 
     def log(self, step: int, **values: object) -> None:
         """Add a line to ``metrics.jsonl``; numbers that are not finite become null."""
         if not self.write:
             return
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        with room_for(self._metrics), self._metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(_finite({"step": step, **values})) + "\n")
 
     def write_checkpoint(
         self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *, keep: int = 2
     ) -> None:
-        """Write ``checkpoints/step_<step>`` and remove all but the last ``keep``.
+        """Write the checkpoint of ``step`` and, once it is there for good, remove all but the last ``keep`` >= 1.
 
-        Tensors may have any dtype, shape and device, and share memory; ``state`` is plain JSON, floats exact.
+        ``tensors`` and ``state`` as in ``checkpoints.fill``.
         """
         if not self.write:
             return
-        (self.path / "checkpoints").mkdir(exist_ok=True)
-        with self.publish(f"checkpoints/step_{step:06d}") as folder:
-            # safetensors refuses tensors that share memory or have gaps
-            packed = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-            save_file(packed, folder / "state.safetensors")
-            (folder / "state.json").write_text(json.dumps({"step": step, "state": state}), encoding="utf-8")
-        for old in self._checkpoints()[keep:]:
-            shutil.rmtree(old)
+        logged = 0
+        if self._metrics.exists():
+            _sync(self._metrics)
+            logged = self._metrics.stat().st_size
+        with self.publish(checkpoints.name_of(step)) as folder:
+            checkpoints.fill(folder, step, tensors, state, logged)
+        checkpoints.prune(self.path, step, keep)
 
     def latest_checkpoint(self) -> Checkpoint | None:
-        """The last complete checkpoint, None where there is none; warns of one that cannot be read."""
-        for folder in self._checkpoints():
-            try:
-                saved = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-                tensors = load_file(folder / "state.safetensors")
-                return Checkpoint(step=saved["step"], tensors=tensors, state=saved["state"])
-            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-                warnings.warn(f"{folder} is left out, it cannot be read: {error}", stacklevel=2)
-        return None
+        """As ``checkpoints.latest`` of this folder."""
+        return checkpoints.latest(self.path)
 
     @contextmanager
     def publish(self, name: str) -> Iterator[Path]:
         """Give an empty folder to fill, which replaces ``name`` in the run folder at the end.
 
-        After an error nothing of it is left. On the writing process only.
+        After an error nothing of it is left. On the writing process only. Raises UserError where the disk is full.
         """
         target = self.path / name
         partial = _partial(target)
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        try:
-            yield partial
-            for file in sorted(partial.rglob("*")):
-                _sync(file)
-            _sync(partial)
-            if target.exists():
-                shutil.rmtree(target)
-            partial.rename(target)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+        with room_for(target):
+            try:
+                partial.mkdir(parents=True)
+                yield partial
+                _settle(partial)
+                if target.exists():
+                    checkpoints.remove(target)
+                partial.rename(target)
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
         _sync(target.parent)
+        _sync(self.path)
 
-    def _checkpoints(self) -> list[Path]:
-        """Folders of checkpoints, the latest first."""
-        found = [path for path in (self.path / "checkpoints").glob("step_*") if path.name[5:].isdigit()]
-        return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+    @property
+    def _metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
 
     def _clear_leftovers(self) -> None:
         """Remove what a killed run was writing."""
-        for pattern in (".*.partial", "checkpoints/.*.partial"):
-            for path in self.path.glob(pattern):
+        for folder in (self.path, self.path / checkpoints.FOLDER):
+            for path in filter(_is_leftover, folder.glob(".*")):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    def _rewind(self) -> None:
+    def _rewind(self, checkpoint: Checkpoint | None) -> None:
         """Drop the metrics of steps that are done again, and a line that a killed run left unfinished."""
-        file = self.path / "metrics.jsonl"
-        if not file.exists():
+        if not self._metrics.exists():
             return
-        checkpoint = self.latest_checkpoint()
-        last = 0 if checkpoint is None else checkpoint.step
-        kept = [line for line in file.read_text(encoding="utf-8").splitlines() if _step(line) <= last]
-        atomic_write_text(file, "".join(f"{line}\n" for line in kept))
+        last, size = (0, 0) if checkpoint is None else (checkpoint.step, checkpoint.metrics_bytes)
+        text = self._metrics.read_bytes()[:size].decode(errors="replace")
+        kept = [line for line in text.splitlines() if _step(line) <= last]
+        atomic_write_text(self._metrics, "".join(f"{line}\n" for line in kept))
 
 
 def run_folder_of(path: str) -> Path | None:
@@ -200,13 +187,14 @@ def atomic_write_png(path: Path, picture: Image.Image) -> None:
 
 def _atomic_write(path: Path, write: Callable[[Path], object]) -> None:
     partial = _partial(path)
-    try:
-        write(partial)
-        _sync(partial)
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with room_for(path):
+        try:
+            write(partial)
+            _sync(partial)
+            partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
     _sync(path.parent)
 
 
@@ -217,6 +205,22 @@ def atomic_write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 def _partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
+
+
+def _is_leftover(path: Path) -> bool:
+    """Whether a killed process was writing, or removing, this file or folder."""
+    return path.name.startswith(".") and path.name.endswith(".partial")
+
+
+def _settle(folder: Path) -> None:
+    """Give the files of a new folder the usual mode (those of safetensors have 0600) and wait for the disk."""
+    mode = folder.stat().st_mode & 0o666
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with suppress(PermissionError):  # there are file systems without modes
+                path.chmod(mode)
+        _sync(path)
+    _sync(folder)
 
 
 def _sync(path: Path) -> None:

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -107,6 +108,17 @@ class Clock:
     def elapsed(self) -> float:
         """Seconds since the clock was made."""
         return time.perf_counter() - self.started
+
+
+def scaler_state(accelerator: Accelerator) -> dict[str, Any] | None:
+    """What the loss is scaled with, which changes under fp16; None elsewhere."""
+    return None if accelerator.scaler is None else dict(accelerator.scaler.state_dict())
+
+
+def restore_scaler(accelerator: Accelerator, state: dict[str, Any] | None) -> None:
+    """Undo ``scaler_state``; a run that goes on in another precision has nothing to undo."""
+    if accelerator.scaler is not None and state:
+        accelerator.scaler.load_state_dict(state)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
