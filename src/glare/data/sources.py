@@ -4,7 +4,7 @@ A source is opened by listing names only; an image is decoded when it is read. W
 depth of a file, `read` gives RGB with 8 bits, upright; what cannot be read raises `BadImage` with name and reason.
 """
 
-import os
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -16,18 +16,23 @@ from typing import Any, Protocol
 import datasets
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from glare.data.landcover import parse_landcover
+from glare.data.listing import EXTENSIONS, extension_of, image_names
+from glare.data.listing import image_files as image_files
+from glare.data.listing import natural as natural
+from glare.data.opening import open_picture, reason_of
 from glare.errors import UserError, first_line
+from glare.paths import kind_of, local_path, printable
 
-EXTENSIONS = ("jpg", "jpeg", "png", "bmp", "gif", "webp", "tif", "tiff", "ppm", "pgm", "jp2")
 SHARDS = {"parquet": "parquet", "tar": "webdataset"}
 """File extension -> the builder of `datasets` that reads it."""
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 BEHIND_TRANSPARENT = (124, 116, 104)  # ImageNet's mean colour: no-data areas normalise to about 0
 DEPTH_LIMITS = (255, 4095, 65535)  # white of 8, 12 and 16 bits
+STRIP_VALUES = 2**22  # of a grey picture, scaled at once
 EXIF_ORIENTATION = 0x0112
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -86,14 +91,10 @@ class Images:
         try:
             with self.open_image(index) as image:
                 return _read(image, short_side)
-        except UnidentifiedImageError as error:
-            raise BadImage(self.names[index], "not an image, or of a format that Pillow cannot read") from error
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise BadImage(self.names[index], f"{error} Cut it into tiles") from error
         except MemoryError:
             raise
         except Exception as error:  # Pillow's readers let almost any exception out on a broken file
-            raise BadImage(self.names[index], str(error) or type(error).__name__) from error
+            raise BadImage(self.names[index], reason_of(error)) from error
 
     def subset(self, indices: Iterable[int]) -> "Images":
         """Only the images ``indices``, in that order."""
@@ -113,10 +114,11 @@ def open_source(data: str, *, match: str | None = None) -> Images:
     Raises:
         UserError: there is no such data, it holds no images, or ``match`` selects none.
     """
-    path = Path(data).expanduser()
-    if data and path.is_dir():
+    path = local_path(data)
+    kind = kind_of(path) if data else None
+    if kind == "folder":
         images = _open_folder(path)
-    elif path.is_file():
+    elif kind == "file":
         images = _open_file(path)
     elif data.partition(":")[0] == "landcover":
         scenes = parse_landcover(data)
@@ -129,32 +131,6 @@ def open_source(data: str, *, match: str | None = None) -> Images:
             "check the spelling, or give a folder of images"
         )
     return images.subset(matching(images.names, match, data=data))
-
-
-def image_files(folder: Path) -> list[Path]:
-    """The image files below ``folder`` in natural order of their relative paths; each linked folder once.
-
-    Hidden files and folders are left out, and in a folder with ``images`` and ``labels`` all but ``images``.
-    """
-    found: list[Path] = []
-    seen: set[Path] = set()
-    for here, folders, files in os.walk(folder, followlinks=True, onerror=_refuse):
-        real = Path(here).resolve()
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(filter(_visible, folders))
-        if {"images", "labels"} <= set(folders):
-            folders[:] = ["images"]
-            continue
-        found += [Path(here, name) for name in files if _visible(name) and _extension(name) in EXTENSIONS]
-    return sorted(found, key=lambda file: natural(file.relative_to(folder).as_posix()))
-
-
-def natural(name: str) -> tuple[list[str | int], str]:
-    """Sort key that puts tile2 before tile10."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)], name
 
 
 def matching(names: Sequence[str], match: str | None, *, data: str) -> list[int]:
@@ -222,16 +198,27 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _scale_to_8_bit(values: NDArray[Any]) -> NDArray[np.uint8]:
-    """Grey values (h, w) of any range as 8 bits, by the rules of `to_rgb8`."""
-    finite = np.isfinite(values)
-    grey = np.where(finite, values, 0).astype(np.float64)
-    low, high = (float(edge(grey, where=finite, initial=0)) for edge in (np.min, np.max))
+    """Grey values (h, w) of any range as 8 bits, by the rules of `to_rgb8`; rows at a time, to save memory."""
+    rows = max(1, STRIP_VALUES // max(1, values.shape[1]))
+    strips = [slice(first, first + rows) for first in range(0, len(values), rows)]
+    edges = [_edges(values[strip]) for strip in strips]
+    low, high = min((low for low, _ in edges), default=0.0), max((high for _, high in edges), default=0.0)
     limits = DEPTH_LIMITS if np.issubdtype(values.dtype, np.integer) else (1, *DEPTH_LIMITS)
-    white: float | None = next((limit for limit in limits if high <= limit), None)
-    if low < 0 or white is None:
-        low = float(np.min(grey, where=finite, initial=high))
-        grey, white = np.where(finite, grey - low, 0), max(high - low, 1e-300)
-    return np.rint(grey / white * 255).astype(np.uint8)
+    white: float | None = next((limit for limit in limits if max(high, 0.0) <= limit), None)
+    stretched = low < 0 or white is None
+    scaled = np.empty(values.shape, np.uint8)
+    for strip in strips:
+        grey = values[strip].astype(np.float64)
+        finite = np.isfinite(grey)
+        grey = np.where(finite, grey - low if stretched else grey, 0)
+        scaled[strip] = np.rint(grey / (max(high - low, 1e-300) if stretched else white) * 255)
+    return scaled
+
+
+def _edges(values: NDArray[Any]) -> tuple[float, float]:
+    """The least and greatest finite value; infinity and its negative where there is none."""
+    finite = values[np.isfinite(values)]
+    return (float(finite.min()), float(finite.max())) if finite.size else (math.inf, -math.inf)
 
 
 def _upright(rgb: Image.Image, original: Image.Image) -> Image.Image:
@@ -243,10 +230,14 @@ def _upright(rgb: Image.Image, original: Image.Image) -> Image.Image:
     return rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb
 
 
+def folder_images(folder: Path, names: Sequence[str]) -> Images:
+    """The files ``names`` of a folder, by their names as valid text."""
+    return Images([printable(name) for name in names], lambda index: open_picture(folder / names[index]))
+
+
 def _open_folder(folder: Path) -> Images:
-    if files := image_files(folder):
-        names = [file.relative_to(folder).as_posix() for file in files]
-        return Images(names, lambda index: Image.open(files[index]))
+    if names := image_names(folder):
+        return folder_images(folder, names)
     for extension, builder in SHARDS.items():
         if next(folder.rglob(f"*.{extension}"), None):
             return _open_table(str(folder), builder, data_dir=str(folder))
@@ -257,11 +248,11 @@ def _open_folder(folder: Path) -> Images:
 
 
 def _open_file(file: Path) -> Images:
-    extension = _extension(file.name)
+    extension = extension_of(file.name)
     if extension in SHARDS:
         return _open_table(str(file), SHARDS[extension], data_files=str(file))
     if extension in EXTENSIONS:
-        return Images([file.name], lambda _: Image.open(file))
+        return folder_images(file.parent, [file.name])
     allowed = ", ".join((*EXTENSIONS, *SHARDS))
     raise UserError(f"file {str(file)!r} is no image by its name; give a file named {allowed}, or a folder")
 
@@ -289,7 +280,7 @@ def _open_table(data: str, builder: str, **files: str) -> Images:
         cell = rows[index][column]
         if cell is None:
             raise ValueError("the row has no image")
-        return Image.open(cell["path"] if cell["bytes"] is None else BytesIO(cell["bytes"]))
+        return open_picture(Path(cell["path"]) if cell["bytes"] is None else BytesIO(cell["bytes"]))
 
     return Images([f"{index:06d}" for index in range(len(rows))], open_image)
 
@@ -306,15 +297,3 @@ def _image_column(features: Any, *, data: str) -> str:
             f"data {data!r} has no column of images, only {', '.join(features)}; give a data set with an Image column"
         )
     return "image" if "image" in columns else columns[0]
-
-
-def _refuse(error: OSError) -> None:
-    raise UserError(f"folder {error.filename!r} cannot be listed ({error.strerror}); make it readable or move it away")
-
-
-def _extension(name: str) -> str:
-    return name.rpartition(".")[2].lower()
-
-
-def _visible(name: str) -> bool:
-    return not name.startswith(".")
