@@ -21,9 +21,9 @@ from tqdm import tqdm
 from transformers import AutoModelForSemanticSegmentation, PreTrainedModel
 
 from glare import recipes
-from glare.backbones import read_normalisation
+from glare.backbones import read_config, read_normalisation
 from glare.configuration_glare import GlareConfig
-from glare.data.labelled import distinct_colours
+from glare.data.labelled import MAX_CLASSES, distinct_colours
 from glare.data.sources import BadImage, open_source
 from glare.errors import UserError
 from glare.figures import annotated
@@ -163,6 +163,7 @@ def load_segmenter(name: str, *, device: torch.device) -> tuple[PreTrainedModel,
     place = place_of(name)
     hint = "give a run folder of glare finetune, its model folder, or the Hub id of such a model"
     with explained("model", name, hint):
+        read_config(place)
         model = AutoModelForSemanticSegmentation.from_pretrained(place.name, dtype=torch.float32, **place.safe_options)
     config = model.config
     built = (config.architectures or [type(model).__name__])[0]
@@ -172,7 +173,18 @@ def load_segmenter(name: str, *, device: torch.device) -> tuple[PreTrainedModel,
         raise UserError(f"model {name!r} is a {built}; give a model that glare finetune has written")
     if "Segmentation" not in built:
         raise UserError(f"model {name!r} is a {built} without segmentation head; run glare finetune on it first")
+    with explained("model", name, "give a model whose config.json is as glare finetune has written it"):
+        _check_classes(model)
     return model.to(device).eval(), read_normalisation(name)
+
+
+def _check_classes(model: PreTrainedModel) -> None:
+    """ValueError unless names and colours of the classes are such that label maps can be written."""
+    names, colours = class_names(model), np.asarray(palette(model))
+    if not all(isinstance(name, str) for name in names) or not 0 < len(names) <= MAX_CLASSES:
+        raise ValueError(f"id2label has not 1 to {MAX_CLASSES} names")
+    if colours.shape != (len(names), 3):
+        raise ValueError("the palette has not three numbers for each class")
 
 
 def class_names(model: PreTrainedModel) -> list[str]:

@@ -12,7 +12,8 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 
 from glare import licences
-from glare.errors import UserError
+from glare.errors import UserError, redacted
+from glare.json_files import read_json
 from glare.licences import Licence
 from glare.lineage import (
     LookUp,
@@ -22,7 +23,6 @@ from glare.lineage import (
     offline,
     origin_of,
     public_name,
-    read_json,
     stages_of,
 )
 from glare.publication import PLACES, Publication, find, glare_config
@@ -192,7 +192,7 @@ def card(facts: Facts) -> str:
     )
     environment.filters |= {"percent": percent, "escape_markdown": escape, "licence": _licence_text}
     text = environment.get_template("model_card.md").render(**_context(facts))
-    return f"---\n{metadata(facts).to_yaml()}\n---\n\n" + re.sub(r"\n{3,}", "\n\n", text)
+    return redacted(f"---\n{metadata(facts).to_yaml()}\n---\n\n" + re.sub(r"\n{3,}", "\n\n", text))
 
 
 def _context(facts: Facts) -> dict[str, Any]:

@@ -92,7 +92,9 @@ def explained(kind: str, name: str, hint: str) -> Iterator[None]:
     """Turn what goes wrong while a model is read into a UserError: the ``kind`` of that ``name`` and why; ``hint``."""
     try:
         yield
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # a configuration may make the code that reads it fail in any way
         raise UserError(f"{kind} {name!r} cannot be loaded ({_reason(place_of(name), error)}); {hint}") from error
 
 

@@ -3,7 +3,7 @@
 from io import BytesIO
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from glare.errors import first_line
 from glare.paths import kind_of
@@ -13,7 +13,7 @@ FORMATS = ("JPEG", "PNG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "PPM", "JPEG2000"
 """Pillow's readers of these formats; others would run other programs (EPS) or are of no use here."""
 
 
-def open_picture(file: Path | BytesIO) -> Image.Image:
+def open_picture(file: Path | BytesIO) -> ImageFile.ImageFile:
     """A picture whose header is read and whose pixels are not.
 
     Raises ValueError for what is no regular file, OSError for what cannot be opened or is of another format,

@@ -205,13 +205,15 @@ def _scale_to_8_bit(values: NDArray[Any]) -> NDArray[np.uint8]:
     low, high = min((low for low, _ in edges), default=0.0), max((high for _, high in edges), default=0.0)
     limits = DEPTH_LIMITS if np.issubdtype(values.dtype, np.integer) else (1, *DEPTH_LIMITS)
     white: float | None = next((limit for limit in limits if max(high, 0.0) <= limit), None)
-    stretched = low < 0 or white is None
+    if low < 0 or white is None:
+        black, white = low, max(high - low, 1e-300)
+    else:
+        black = 0.0
     scaled = np.empty(values.shape, np.uint8)
     for strip in strips:
         grey = values[strip].astype(np.float64)
         finite = np.isfinite(grey)
-        grey = np.where(finite, grey - low if stretched else grey, 0)
-        scaled[strip] = np.rint(grey / (max(high - low, 1e-300) if stretched else white) * 255)
+        scaled[strip] = np.rint(np.where(finite, grey - black, 0) / white * 255)
     return scaled
 
 
