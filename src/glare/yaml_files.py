@@ -32,7 +32,7 @@ def parse_yaml(text: str, name: str) -> Any:
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         _refuse_duplicates(node, name)
-        return None if node is None else loader.construct_document(node)  # type: ignore[no-untyped-call]
+        return None if node is None else loader.construct_document(node)
     except yaml.YAMLError as error:
         raise UserError(f"{name} is not valid YAML: {_problem(error)}") from None
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
@@ -76,12 +76,11 @@ def _check_events(text: str, name: str) -> None:
     """UserError for aliases and for deep nesting, before anything is built."""
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        line = event.start_mark.line + 1 if event.start_mark is not None else 0
         if isinstance(event, yaml.AliasEvent):
-            line = event.start_mark.line + 1
             raise UserError(f"{name} has an alias (*{event.anchor}) in line {line}; write the value out instead")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > MAX_DEPTH:
-            line = event.start_mark.line + 1
             raise UserError(f"{name} is nested more than {MAX_DEPTH} deep in line {line}; recipes need 3 at most")
 
 
