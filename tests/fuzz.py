@@ -38,14 +38,22 @@ SECONDS = 10
 MEMORY_BYTES = 6 * 2**30  # of address space, beyond what the libraries take
 LONGEST_MESSAGE = 2000
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-CHANGES = {"os.mkdir": 0, "os.remove": 0, "os.rename": 1, "os.rmdir": 0, "os.symlink": 1, "os.link": 1, "os.truncate": 0}
+CHANGES = {
+    "os.mkdir": 0,
+    "os.remove": 0,
+    "os.rename": 1,
+    "os.rmdir": 0,
+    "os.symlink": 1,
+    "os.link": 1,
+    "os.truncate": 0,
+}
 """Event of Python's audit hooks -> which argument is the path that is changed."""
 
 FORBIDDEN = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "socket.connect")
 
 
-class Hang(BaseException):  # noqa: N818 - no Exception, which readers may catch
-    """A case took too long."""
+class Hang(BaseException):
+    """A case took too long; no Exception, which readers may catch."""
 
 
 @dataclass

@@ -3,9 +3,11 @@
 import json
 import random
 import struct
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+PNG = b"\x89PNG\r\n\x1a\n"
 NUMBERS = (0, 1, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
 ODD_VALUES: tuple[Any, ...] = (
     None,
@@ -66,7 +68,18 @@ def mutated(seeds: Sequence[bytes], draw: random.Random) -> bytes:
     kinds = [*KINDS, _odd_value, _odd_value, _snippet] if _is_text(data) else KINDS
     for _ in range(draw.choice((1, 1, 2, 4))):
         data = draw.choice(kinds)(data, seeds, draw)
-    return data
+    return _with_checksums(data) if data.startswith(PNG) and draw.random() < 0.8 else data
+
+
+def _with_checksums(data: bytes) -> bytes:
+    """A PNG with the right checksum after each chunk, so that what follows is read at all."""
+    done, at = bytearray(PNG), len(PNG)
+    while at + 12 <= len(data):
+        (length,) = struct.unpack(">I", data[at : at + 4])
+        body = data[at + 4 : at + 8 + length]
+        done += data[at : at + 4] + body + struct.pack(">I", zlib.crc32(body))
+        at += 12 + length
+    return bytes(done) + data[at:]
 
 
 def _is_text(data: bytes) -> bool:

@@ -2,7 +2,6 @@
 
 import io
 import json
-import random
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -133,7 +132,7 @@ def _texts() -> dict[str, Target]:
         def read(folder: Path) -> object:
             return recipes.from_dict(type(recipe), recipes.read_yaml(folder / name, type(recipe)))
 
-        return Target(name, [recipes.to_yaml(recipe).encode(), b"steps: 10\nseed: 1\n"], read)
+        return Target(name, [recipes.to_yaml(recipe).encode()], read)
 
     def lineage(folder: Path) -> None:
         stages_of(folder)
@@ -142,7 +141,7 @@ def _texts() -> dict[str, Target]:
     return {
         "recipe of pretrain": job("recipe.yaml", pretrain),
         "recipe of finetune": job("job.yaml", finetune),
-        "recipe of compare": job("compare.yaml", CompareRecipe(base="b", adapted=("a",), data=("d",), output=Path("o"))),
+        "recipe of compare": job("compare.yaml", CompareRecipe(base="b", adapted=("a",), data="d", output=Path("o"))),
         "recipe.yaml of a run": Target(
             "recipe.yaml", [recipes.to_yaml(pretrain).encode(), recipes.to_yaml(finetune).encode()], lineage
         ),
@@ -186,7 +185,8 @@ def _models(scratch: Path) -> dict[str, Target]:
         return load_pretrained(str(folder))
 
     def carded(folder: Path) -> object:
-        return card(facts_of(find(folder), Said(comparison=folder / "compare" if (folder / "compare").exists() else None)))
+        comparison = folder / "compare"
+        return card(facts_of(find(folder), Said(comparison=comparison if comparison.exists() else None)))
 
     return {
         "config.json of a ViT": Target(
@@ -210,7 +210,10 @@ def _models(scratch: Path) -> dict[str, Target]:
         "eval.json": Target("eval.json", [evaluation.encode()], carded, run),
         "config.json of a card": Target("model/config.json", [segment["config.json"]], carded, run),
         "compare.json": Target(
-            "compare/compare.json", [json.dumps(compared).encode()], carded, run | {"compare/compare.md": b"# It helps\n"}
+            "compare/compare.json",
+            [json.dumps(compared).encode()],
+            carded,
+            run | {"compare/compare.md": b"# It helps\n"},
         ),
         "model.safetensors": Target(
             "model.safetensors", [base["model.safetensors"]], lambda folder: load_backbone(str(folder)), base
@@ -245,8 +248,3 @@ def _files(folder: Path) -> dict[str, bytes]:
 
 
 CPU = torch.device("cpu")
-
-
-def chosen(draw: random.Random, known: dict[str, Target]) -> str:
-    """The name of a target, each as often as the others."""
-    return draw.choice(sorted(known))

@@ -165,8 +165,8 @@ def load_segmenter(name: str, *, device: torch.device) -> tuple[PreTrainedModel,
     with explained("model", name, hint):
         read_config(place)
         model = AutoModelForSemanticSegmentation.from_pretrained(place.name, dtype=torch.float32, **place.safe_options)
-    config = model.config
-    built = (config.architectures or [type(model).__name__])[0]
+    config, named = model.config, model.config.architectures
+    built = str(named[0]) if isinstance(named, list) and named else type(model).__name__
     if not isinstance(
         getattr(config, "backbone_config", None) if config.model_type == "upernet" else config, GlareConfig
     ):

@@ -12,7 +12,8 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 
 from glare import licences
-from glare.errors import UserError, redacted
+from glare.comparison_words import verdicts_in
+from glare.errors import UserError, first_line, redacted
 from glare.json_files import read_json
 from glare.licences import Licence
 from glare.lineage import (
@@ -124,7 +125,7 @@ def facts_of(publication: Publication, said: Said | None = None, look_up: LookUp
         base=base,
         stages=trained,
         evaluation=_evaluation(publication, own, said),
-        comparison=None if said.comparison is None else _comparison(said.comparison),
+        comparison=None if said.comparison is None else verdicts_in(said.comparison),
         licence=Licence(said.license, "as given") if said.license else licences.combined(parts),
     )
 
@@ -156,33 +157,45 @@ def _evaluation(publication: Publication, own: str | None, said: Said) -> Evalua
     name = public_name(data) if "/" in data and not looks_like_hub_id(data) else data
     try:
         return Evaluation(
-            scores={key: values[key] for key in SCORES},
-            iou=values["iou"],
-            num_images=values["num_images"],
+            scores={key: _score(values[key]) for key in SCORES},
+            iou={str(name): _score(value) for name, value in values["iou"].items()},
+            num_images=int(values["num_images"]),
             data=said.data_name if said.data_name and public_name(data) == own else name,
-            split=values.get("split"),
-            match=values.get("match"),
+            split=_text(values.get("split")),
+            match=_text(values.get("match")),
             seed=values.get("seed"),
         )
     except KeyError as error:
         raise UserError(f"{file} has no {error}; write it again with `glare evaluate --json`") from None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{file} holds a value of another kind ({first_line(error)}); write it again with `glare evaluate --json`"
+        ) from None
 
 
-def _comparison(folder: Path) -> str:
-    """The words of ``compare.md``, without the paths of this machine."""
-    values, report = folder / "compare.json", folder / "compare.md"
-    if not values.is_file() or not report.is_file():
-        raise UserError(f"{folder} holds no comparison (compare.json and compare.md); give the output of glare compare")
-    result, text = read_json(values), report.read_text(encoding="utf-8")
-    places = {result["base"], *(data["data"] for data in result["data"]), *(m["path"] for m in result["models"])}
-    for place in sorted((str(place) for place in places if place and "/" in str(place)), key=len, reverse=True):
-        if not looks_like_hub_id(place) or any(m["path"] == place for m in result["models"]):
-            text = text.replace(escape(place), escape(public_name(place))).replace(place, public_name(place))
-    return text.strip()
+def _score(value: Any) -> float | None:
+    """A score, None where it is undefined. Raises TypeError or ValueError for anything else."""
+    return None if value is None else float(value)
+
+
+def _text(value: Any) -> str | None:
+    """A name, None where there is none."""
+    return None if value is None else str(value)
 
 
 def card(facts: Facts) -> str:
-    """The README.md: front matter and text."""
+    """The README.md: front matter and text. Raises UserError for a configuration that nothing can be said of."""
+    try:
+        return redacted(_rendered(facts))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        place = facts.publication.model or facts.publication.folder
+        raise UserError(
+            f"the configuration in {place} is not as transformers and PEFT write it ({first_line(error)}); "
+            "save the model again"
+        ) from error
+
+
+def _rendered(facts: Facts) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(ASSETS),
         trim_blocks=True,
@@ -192,7 +205,7 @@ def card(facts: Facts) -> str:
     )
     environment.filters |= {"percent": percent, "escape_markdown": escape, "licence": _licence_text}
     text = environment.get_template("model_card.md").render(**_context(facts))
-    return redacted(f"---\n{metadata(facts).to_yaml()}\n---\n\n" + re.sub(r"\n{3,}", "\n\n", text))
+    return f"---\n{metadata(facts).to_yaml()}\n---\n\n" + re.sub(r"\n{3,}", "\n\n", text)
 
 
 def _context(facts: Facts) -> dict[str, Any]:

@@ -32,7 +32,7 @@ SHARDS = {"parquet": "parquet", "tar": "webdataset"}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 BEHIND_TRANSPARENT = (124, 116, 104)  # ImageNet's mean colour: no-data areas normalise to about 0
 DEPTH_LIMITS = (255, 4095, 65535)  # white of 8, 12 and 16 bits
-STRIP_VALUES = 2**22  # of a grey picture, scaled at once
+STRIP_PIXELS = 2**20  # of a large picture that are converted at once
 EXIF_ORIENTATION = 0x0112
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -191,16 +191,30 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return Image.fromarray(_scale_to_8_bit(np.asarray(image))).convert("RGB")
     if image.has_transparency_data:
-        opaque = Image.new("RGBA", image.size, BEHIND_TRANSPARENT)
-        solid = image.convert("LA") if image.mode == "La" else image
-        return Image.alpha_composite(opaque, solid.convert("RGBA")).convert("RGB")
+        return _over_mean_colour(image)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _over_mean_colour(image: Image.Image) -> Image.Image:
+    """A picture with transparency as RGB; rows at a time, to save memory."""
+    rgb = Image.new("RGB", image.size)
+    for strip in _strips(image.height, image.width):
+        part = image.crop((0, strip.start, image.width, strip.stop))
+        solid = part.convert("LA") if part.mode == "La" else part
+        opaque = Image.new("RGBA", part.size, BEHIND_TRANSPARENT)
+        rgb.paste(Image.alpha_composite(opaque, solid.convert("RGBA")).convert("RGB"), (0, strip.start))
+    return rgb
+
+
+def _strips(height: int, width: int) -> list[slice]:
+    """Rows of a picture that are worked on together."""
+    rows = max(1, STRIP_PIXELS // max(1, width))
+    return [slice(first, min(first + rows, height)) for first in range(0, height, rows)]
 
 
 def _scale_to_8_bit(values: NDArray[Any]) -> NDArray[np.uint8]:
     """Grey values (h, w) of any range as 8 bits, by the rules of `to_rgb8`; rows at a time, to save memory."""
-    rows = max(1, STRIP_VALUES // max(1, values.shape[1]))
-    strips = [slice(first, first + rows) for first in range(0, len(values), rows)]
+    strips = _strips(*values.shape)
     edges = [_edges(values[strip]) for strip in strips]
     low, high = min((low for low, _ in edges), default=0.0), max((high for _, high in edges), default=0.0)
     limits = DEPTH_LIMITS if np.issubdtype(values.dtype, np.integer) else (1, *DEPTH_LIMITS)
