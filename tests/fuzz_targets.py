@@ -3,6 +3,7 @@
 import io
 import json
 import tempfile
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,7 +79,9 @@ def encoded(kind: str, *, seed: int = 0) -> list[bytes]:
         for given in options:
             stream = io.BytesIO()
             try:
-                image.save(stream, kind, **given)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # Pillow advises against some of these modes
+                    image.save(stream, kind, **given)
             except (OSError, ValueError, KeyError):
                 continue
             found.append(stream.getvalue())
