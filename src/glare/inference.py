@@ -7,7 +7,7 @@ is too large for a single pass is covered by overlapping windows, whose logits a
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count, product
+from itertools import product
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -37,6 +37,7 @@ WHOLE_LIMIT_PX = 1536  # longer side up to which an image is segmented in one pa
 WINDOW_PX = 1024  # side of the windows of larger images
 WINDOW_BATCH = 4
 ENDINGS = (".png", "_overlay.png")  # of the label map and of the picture for people
+LONGEST_STEM = 200  # bytes: a file name has 255 at most, with a number, an ending and, while it is written, a mark
 
 
 @dataclass(frozen=True)
@@ -133,14 +134,20 @@ def predict(recipe: PredictRecipe) -> list[tuple[str, str]]:
 
 def free_stem(name: str, taken: set[str]) -> str:
     """A stem for the files of image ``name`` none of which is in ``taken``, to which they are added."""
-    stem = PurePosixPath(name).stem
-    for number in count(1):
-        chosen = stem if number == 1 else f"{stem}_{number}"
-        files = {f"{chosen}{ending}".casefold() for ending in ENDINGS}
-        if not files & taken:
-            taken |= files
-            return chosen
-    raise AssertionError
+    stem = PurePosixPath(name).stem.encode()[:LONGEST_STEM].decode(errors="ignore")
+
+    def files(number: int) -> set[str]:
+        numbered = stem if number == 1 else f"{stem}_{number}"
+        return {f"{numbered}{ending}".casefold() for ending in ENDINGS}
+
+    used, free = 0, 1
+    while files(free) & taken:
+        used, free = free, 2 * free
+    while free - used > 1:  # halved, since a folder may have one image.png for each of 100,000 folders
+        middle = (used + free) // 2
+        used, free = (middle, free) if files(middle) & taken else (used, middle)
+    taken |= files(free)
+    return stem if free == 1 else f"{stem}_{free}"
 
 
 def write_prediction(
