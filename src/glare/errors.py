@@ -3,9 +3,9 @@
 import os
 import re
 
+PASSWORD = re.compile(r"(:/{1,2})[^/\s?#]+@")  # and user, of an address; as a path it has one slash
 SECRET = re.compile(
-    r"(?<=://)[^/\s?#]+(?=@)"  # user and password of an address
-    r"|\bhf_[A-Za-z0-9]{20,}"  # an access token of the Hub
+    r"\bhf_[A-Za-z0-9]{20,}"  # an access token of the Hub
     r"|(?<=[?&])(?i:[\w.-]*(?:token|secret|password|signature|api_?key))=[^&\s'\"]+"
 )
 TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
@@ -32,7 +32,7 @@ def redacted(text: str) -> str:
         value = os.environ.get(name, "").strip()
         if len(value) >= SHORTEST_TOKEN:
             text = text.replace(value, HIDDEN)
-    return SECRET.sub(HIDDEN, text)
+    return SECRET.sub(HIDDEN, PASSWORD.sub(rf"\1{HIDDEN}@", text))
 
 
 def first_line(error: BaseException) -> str:

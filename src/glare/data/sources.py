@@ -291,14 +291,25 @@ def _open_table(data: str, builder: str, **files: str) -> Images:
     if isinstance(rows.features[column], datasets.Image):
         rows = rows.cast_column(column, datasets.Image(decode=False))
     rows = rows.select_columns([column])
+    folder = None if not files else Path(data) if Path(data).is_dir() else Path(data).parent
 
     def open_image(index: int) -> Image.Image:
         cell = rows[index][column]
         if cell is None:
             raise ValueError("the row has no image")
-        return open_picture(Path(cell["path"]) if cell["bytes"] is None else BytesIO(cell["bytes"]))
+        if cell["bytes"] is not None:
+            return open_picture(BytesIO(cell["bytes"]))
+        return open_picture(Path(cell["path"]) if folder is None else _inside(folder, cell["path"]))
 
     return Images([f"{index:06d}" for index in range(len(rows))], open_image)
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """The file that a table of this folder names. Raises ValueError where that is a file of somewhere else."""
+    file = folder / name
+    if not file.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"its path {name!r} leads out of the folder of the table; put the image into the table")
+    return file
 
 
 def _image_column(features: Any, *, data: str) -> str:
