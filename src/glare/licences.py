@@ -95,7 +95,8 @@ def stated(fields: Mapping[str, Any], source: str) -> Licence:
         return UNKNOWN
     if len(ids) > 1:
         return combined([Licence(value, source) for value in ids])
-    return Licence(ids[0], source, name=fields.get("license_name"), link=fields.get("license_link"))
+    name, link = (None if fields.get(key) is None else str(fields[key]) for key in ("license_name", "license_link"))
+    return Licence(ids[0], source, name=name, link=link)
 
 
 def combined(parts: Sequence[Licence]) -> Licence:

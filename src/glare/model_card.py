@@ -35,6 +35,7 @@ ASSETS = Path(__file__).parent / "assets"
 HOMEPAGE = "https://pypi.org/project/glare-ssl"
 TASKS = {"backbone": "image-feature-extraction", "adapter": "image-feature-extraction"}
 SEGMENTATION = "image-segmentation"
+WEB = re.compile(r"https?://[^\s()<>\[\]]+")
 SCORES = {"miou": ("mean_iou", "mIoU"), "aacc": ("accuracy", "pixel accuracy"), "macc": ("mean_accuracy", "mAcc")}
 """Key of eval.json -> metric of the Hub and its name."""
 
@@ -272,7 +273,9 @@ def percent(value: float | None) -> str:
 
 
 def _licence_text(licence: Licence) -> str:
-    text = f"[{licence.title}]({licence.link})" if licence.link else licence.title
+    """Its title, with a link where there is an address of the web."""
+    title, web = escape(licence.title), WEB.fullmatch(str(licence.link or ""))
+    text = f"[{title}]({web[0]})" if web else title
     return f"**{text}** (non-commercial)" if licence.non_commercial else text
 
 
