@@ -87,14 +87,19 @@ def is_repo_id(name: str) -> bool:
     return True
 
 
+FAILURES: tuple[type[Exception], ...] = (
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError, AssertionError),
+    SafetensorError,
+)
+"""What a configuration may make the code that reads it fail with; a fault of another kind stays what it is."""
+
+
 @contextmanager
 def explained(kind: str, name: str, hint: str) -> Iterator[None]:
     """Turn what goes wrong while a model is read into a UserError: the ``kind`` of that ``name`` and why; ``hint``."""
     try:
         yield
-    except (UserError, MemoryError):
-        raise
-    except Exception as error:  # a configuration may make the code that reads it fail in any way
+    except FAILURES as error:
         raise UserError(f"{kind} {name!r} cannot be loaded ({_reason(place_of(name), error)}); {hint}") from error
 
 

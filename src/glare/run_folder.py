@@ -188,7 +188,7 @@ def run_folder_of(path: str) -> Path | None:
 
 def atomic_write_text(path: Path, text: str) -> None:
     """Write a file so that it is there whole or as it was before."""
-    _atomic_write(path, lambda partial: partial.write_text(text, encoding="utf-8", errors="backslashreplace"))
+    _atomic_write(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def atomic_write_png(path: Path, picture: Image.Image) -> None:
