@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, but not in its __all__
 from safetensors import SafetensorError
 from transformers.utils import cached_file
@@ -89,7 +89,7 @@ def is_repo_id(name: str) -> bool:
 
 FAILURES: tuple[type[Exception], ...] = (
     *(OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError, AssertionError),
-    SafetensorError,
+    *(SafetensorError, StrictDataclassError),
 )
 """What a configuration may make the code that reads it fail with; a fault of another kind stays what it is."""
 

@@ -344,5 +344,6 @@ def _check_choices(name: str, value: Any, choices: Sequence[Any]) -> None:
         if choices and item is not None and item not in choices:
             likely = nearest(str(item), [str(choice) for choice in choices])
             raise UserError(
-                f"{name} is {shortened(repr(item))}; choose from {', '.join(map(str, choices))}; the nearest is {likely!r}"
+                f"{name} is {shortened(repr(item))}; choose from {', '.join(map(str, choices))}; "
+                f"the nearest is {likely!r}"
             )
