@@ -93,10 +93,11 @@ def find(folder: Path) -> Publication:
 
 def _kind(model: Path) -> str:
     config = read_json(model / "config.json")
-    model_type, built = config.get("model_type"), (config.get("architectures") or [""])[0]
+    model_type, named = config.get("model_type"), config.get("architectures")
+    built = str(named[0]) if isinstance(named, list) and named else ""
     if model_type == "glare":
         return "segmenter" if "Segmentation" in built else "backbone"
-    if model_type == "upernet" and config.get("backbone_config", {}).get("model_type") == "glare":
+    if model_type == "upernet" and glare_config(config).get("model_type") == "glare":
         return "upernet"
     raise UserError(f"{model} holds a model of type {model_type!r}, not one of glare; {EXPECTED}")
 
