@@ -132,7 +132,7 @@ class RunFolder:
                 saved = json.loads((folder / "state.json").read_text(encoding="utf-8"))
                 tensors = load_file(folder / "state.safetensors")
                 return Checkpoint(step=saved["step"], tensors=tensors, state=saved["state"])
-            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
                 warnings.warn(f"{folder} is left out, it cannot be read: {error}", stacklevel=2)
         return None
 
@@ -264,5 +264,5 @@ def _step(line: str) -> float:
     """The step of a line of metrics, infinite for a broken line."""
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return math.inf
