@@ -7,11 +7,16 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from tiny_models import FAMILIES, tiny_config, tiny_vit
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 logging.disable_progress_bar()
+settings.register_profile(
+    "repeatable", derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(params=FAMILIES)

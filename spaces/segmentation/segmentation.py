@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from glare.data.opening import open_picture
 from glare.data.sources import BadImage, Images
 from glare.errors import UserError
 from glare.figures import overlay
@@ -61,7 +62,7 @@ def read_picture(path: str) -> tuple[Image.Image, str]:
 
 def _checked(file: Path) -> Image.Image:
     """The file, opened but not decoded, so that a bomb is refused before it takes memory."""
-    image = Image.open(file)
+    image = open_picture(file)
     if image.width * image.height > MAX_PIXELS:
         image.close()
         raise ValueError(

@@ -1,7 +1,7 @@
 """The ViT an adaptation starts from: found, loaded in float32 and given what is to train (paper section 3.2)."""
 
 import inspect
-import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,12 +9,15 @@ from peft import LoraConfig, PeftConfig
 from torch import nn
 from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
-from glare.errors import UserError
-from glare.model_names import EMBEDDED, explained, place_of
+from glare.errors import UserError, shortened
+from glare.json_files import read_json
+from glare.model_names import EMBEDDED, Place, explained, place_of
 from glare.modeling_glare import GlareModel, vit_blocks
 from glare.uniadapter import UniAdapterConfig
 from glare.views import Normalisation
 
+LARGEST_MEAN = 1e6  # of a channel, and of its standard deviation
+MAX_BLOCKS = 1000  # so that a wrong configuration does not build for ever
 ADAPTERS = ("uniadapter", "lora", "full", "norm")
 HINT = (
     "give a folder with config.json and model.safetensors of a ViT, DeiT, DINOv2 or DINOv3, a Hub id of one, or "
@@ -31,7 +34,7 @@ def load_backbone(name: str) -> GlareModel:
     """
     place = place_of(name)
     with explained("backbone", name, HINT):
-        config = AutoConfig.from_pretrained(place.name, trust_remote_code=False, **place.options)
+        config = read_config(place)
         if place.name.endswith(".json"):
             model = AutoModel.from_config(config, dtype=torch.float32)
         else:
@@ -42,6 +45,21 @@ def load_backbone(name: str) -> GlareModel:
             model = GlareModel.from_backbone(model, None)
     model.backbone.name_or_path = name
     return model
+
+
+def read_config(place: Place) -> PreTrainedConfig:
+    """The configuration of a model, of no more blocks than a model may have; ValueError for others."""
+    config = AutoConfig.from_pretrained(place.name, trust_remote_code=False, **place.options)
+    inner = getattr(config, "backbone_config", None)
+    for part in (config, inner, getattr(inner, "backbone_config", None)):
+        blocks = part.get("num_hidden_layers", 0) if isinstance(part, dict) else getattr(part, "num_hidden_layers", 0)
+        if not isinstance(blocks, int) or blocks > MAX_BLOCKS:
+            raise ValueError(f"num_hidden_layers is {shortened(str(blocks))}, at most {MAX_BLOCKS} are built")
+        for key in ("patch_size", "num_attention_heads"):
+            divisor = part.get(key) if isinstance(part, dict) else getattr(part, key, None)
+            if isinstance(divisor, int) and divisor < 1:
+                raise ValueError(f"{key} is {divisor}, it has to be at least 1")
+    return config
 
 
 def without_pooler(config: PreTrainedConfig) -> dict[str, bool]:
@@ -92,7 +110,18 @@ def read_normalisation(name: str) -> Normalisation:
     path = place_of(name).file("preprocessor_config.json")
     if path is None:
         return Normalisation()
-    settings: dict[str, Any] = json.loads(path.read_text())
+    settings = read_json(path)
     if "image_mean" not in settings or "image_std" not in settings:
         return Normalisation()
-    return Normalisation(tuple(settings["image_mean"]), tuple(settings["image_std"]))
+    mean, std = (_three_numbers(settings[key], key, path) for key in ("image_mean", "image_std"))
+    if min(std) <= 0:
+        raise UserError(f"image_std in {path} is {list(std)}; give three numbers above 0, or remove the file")
+    return Normalisation(mean, std)
+
+
+def _three_numbers(value: Any, key: str, path: Path) -> tuple[float, float, float]:
+    """RGB of ``value``, one number standing for all three as in transformers. Raises UserError for anything else."""
+    numbers = value if isinstance(value, list) else [value] * 3
+    if len(numbers) == 3 and all(type(number) in (int, float) and abs(number) < LARGEST_MEAN for number in numbers):
+        return float(numbers[0]), float(numbers[1]), float(numbers[2])
+    raise UserError(f"{key} in {path} is {shortened(str(value))}; give three numbers, or remove the file")

@@ -79,7 +79,7 @@ def read(folder: Path) -> Checkpoint:
         return Checkpoint(saved["step"], load_file(folder / TENSORS), saved["state"], saved["metrics_bytes"])
     except OSError as error:
         raise DamagedError(f"{Path(error.filename or folder).name}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise DamagedError(f"it cannot be read: {error}") from error
 
 

@@ -1,12 +1,13 @@
 """The command ``glare <job> ...``: finds the job and turns a user's mistake into one line."""
 
 import importlib
+import io
 import sys
 from collections.abc import Callable, Sequence
 from typing import cast
 
-from glare.errors import Stopped, UserError
-from glare.recipes import nearest
+from glare.errors import Stopped, UserError, redacted
+from glare.spelling import nearest
 from glare.versions import version_of
 
 JOBS = {
@@ -46,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(job: str, argv: Sequence[str]) -> int:
     prog = f"glare {job}"
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
     try:
         _entry_point(job)(argv)
     except UserError as error:
@@ -69,7 +72,7 @@ def _entry_point(job: str) -> Callable[[Sequence[str]], None]:
 
 def _complain(prog: str, message: str, *, code: int = USER_ERROR) -> int:
     """Print one line on stderr; a message that came in several is joined."""
-    print(f"{prog}: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{prog}: error: {redacted(' '.join(message.split()))}", file=sys.stderr)
     return code
 
 

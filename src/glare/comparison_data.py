@@ -9,7 +9,8 @@ import torch
 
 from glare.data.labelled import LabelledSet, open_labelled
 from glare.data.sources import matching
-from glare.errors import UserError
+from glare.errors import UserError, first_line
+from glare.paths import local_path
 from glare.runtime import seeded
 from glare.splits import Fold, group_of, k_fold, leave_one_group_out
 
@@ -56,7 +57,7 @@ class Division:
 
 def open_pool(data: str, *, match: str | None) -> Pool:
     """The images of the splits ``train`` and ``val`` of a labelled folder, or of all of it where it has no such."""
-    found = [name for name in SPLITS if (Path(data).expanduser() / name / "images").is_dir()]
+    found = [name for name in SPLITS if (local_path(data) / name / "images").is_dir()]
     sets = [open_labelled(data, split=name) for name in found] or [open_labelled(data)]
     if any(part.classes != sets[0].classes for part in sets):
         raise UserError(f"train and val of {data!r} have different classes; give both the same classes.json")
@@ -110,7 +111,7 @@ def _testing(folds: list[Fold], chosen: Sequence[int]) -> list[Fold]:
 
 def groups_of(pool: Pool, group_by: str, *, data: str) -> list[str]:
     """The group of each image: a column of ``metadata.csv``, or by its file name as in ``splits.group_of``."""
-    folders = {part: Path(data).expanduser() / part for part in dict.fromkeys(pool.parts)}
+    folders = {part: local_path(data) / part for part in dict.fromkeys(pool.parts)}
     tables = {part: table for part, folder in folders.items() if (table := _read_column(folder, group_by)) is not None}
     if len(tables) < len(folders):
         return [group_of(name, group_by) for name in pool.data.names]
@@ -122,10 +123,16 @@ def _read_column(folder: Path, column: str) -> dict[str, str] | None:
     file = next((f for f in (folder / METADATA, folder / "images" / METADATA) if f.is_file()), None)
     if file is None:
         return None
-    with file.open(newline="", encoding="utf-8") as text:
-        rows = list(csv.DictReader(text))
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as text:
+            rows = list(csv.DictReader(text))
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"{file} cannot be read ({first_line(error)}); write it again as CSV in UTF-8") from None
     if not rows or column not in rows[0] or FILE_NAME not in rows[0]:
         return None
+    short = next((number for number, row in enumerate(rows, start=2) if None in (row[FILE_NAME], row[column])), None)
+    if short is not None:
+        raise UserError(f"row {short} of {file} has no {FILE_NAME} or no {column}; complete it")
     return {row[FILE_NAME]: row[column] for row in rows}
 
 

@@ -6,14 +6,15 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 from glare import recipes, region_attention
-from glare.backbones import without_pooler
+from glare.backbones import read_config, without_pooler
 from glare.checkpoint_keys import SOURCES
 from glare.checkpoint_layouts import ViTWeights, read_vit
 from glare.errors import UserError
 from glare.foreign_weights import ROLES, checkpoint_file, listed, read_checkpoint, state_dict_in
+from glare.model_names import Place
 from glare.modeling_glare import GlareModel
 from glare.recipes import option, required
 from glare.run_folder import RunFolder
@@ -88,7 +89,8 @@ def write(folder: Path, config: PreTrainedConfig, state: dict[str, Tensor], regi
 
 def load_strictly(folder: Path) -> PreTrainedModel:
     """The model in ``folder``, each tensor of the file in its place and none left to chance, fit for adaptation."""
-    options = without_pooler(AutoConfig.from_pretrained(folder))
+    place = Place(str(folder))
+    options = place.safe_options | without_pooler(read_config(place))
     model, info = AutoModel.from_pretrained(folder, output_loading_info=True, **options)
     problems = {problem: listed(sorted(map(str, keys))) for problem, keys in info.items() if keys}
     if problems:

@@ -13,6 +13,7 @@ from glare.data.labelled import IGNORE_INDEX, LabelledSet, open_labelled
 from glare.data.sources import BadImage, Images
 from glare.errors import UserError
 from glare.near_duplicates import Twin, repeats, thumbnail, twins
+from glare.paths import local_path
 
 MODES = {
     "1": "black and white",
@@ -158,7 +159,7 @@ def split_of(name: str) -> str:
 
 def _label_sets(data: str) -> tuple[dict[str, _Tally], dict[str, tuple[LabelledSet, int]]]:
     """An empty tally for each labelled split of a folder; and set and index of each labelled image, by its name."""
-    folder = Path(data).expanduser()
+    folder = local_path(data)
     tallies: dict[str, _Tally] = {}
     labelled: dict[str, tuple[LabelledSet, int]] = {}
     for part in [folder] if _has_labels(folder) else sorted(folder.glob("*")):

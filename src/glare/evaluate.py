@@ -22,6 +22,7 @@ from glare.data.sources import BadImage
 from glare.errors import UserError
 from glare.inference import DEFAULT_TILING, Tiling, class_names, load_segmenter, logits
 from glare.metrics import SegmentationScores, confusion_matrix
+from glare.paths import local_path
 from glare.recipes import option, required
 from glare.run_folder import atomic_write_json, run_folder_of
 from glare.runtime import DEVICES, PRECISIONS, make_accelerator
@@ -81,7 +82,7 @@ def run(recipe: EvaluateRecipe) -> SegmentationScores:
 
 def default_split(data: str, name: str) -> str | None:
     """``name`` if the labelled folder has a split of this name, else None."""
-    return name if (Path(data).expanduser() / name / "images").is_dir() else None
+    return name if (local_path(data) / name / "images").is_dir() else None
 
 
 def evaluate(

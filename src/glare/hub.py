@@ -28,6 +28,7 @@ from glare.errors import UserError
 from glare.lineage import LookUp, offline
 from glare.model_card import Facts, Said, card, facts_of, result_files
 from glare.model_names import is_repo_id
+from glare.paths import local_path
 from glare.publication import ADAPTER_FILES, MODEL_FILES, WEIGHTS, Publication, check, find, stage
 from glare.recipes import option, required
 from glare.report_text import size
@@ -76,7 +77,7 @@ class PushRecipe:
     @property
     def folder(self) -> Path:
         """What is published."""
-        return Path(self.target[0]).expanduser()
+        return local_path(self.target[0])
 
     @property
     def repo_id(self) -> str:

@@ -7,7 +7,7 @@ is too large for a single pass is covered by overlapping windows, whose logits a
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count, product
+from itertools import product
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -21,9 +21,9 @@ from tqdm import tqdm
 from transformers import AutoModelForSemanticSegmentation, PreTrainedModel
 
 from glare import recipes
-from glare.backbones import read_normalisation
+from glare.backbones import read_config, read_normalisation
 from glare.configuration_glare import GlareConfig
-from glare.data.labelled import distinct_colours
+from glare.data.labelled import MAX_CLASSES, distinct_colours
 from glare.data.sources import BadImage, open_source
 from glare.errors import UserError
 from glare.figures import annotated
@@ -37,6 +37,7 @@ WHOLE_LIMIT_PX = 1536  # longer side up to which an image is segmented in one pa
 WINDOW_PX = 1024  # side of the windows of larger images
 WINDOW_BATCH = 4
 ENDINGS = (".png", "_overlay.png")  # of the label map and of the picture for people
+LONGEST_STEM = 200  # bytes: a file name has 255 at most, with a number, an ending and, while it is written, a mark
 
 
 @dataclass(frozen=True)
@@ -133,14 +134,20 @@ def predict(recipe: PredictRecipe) -> list[tuple[str, str]]:
 
 def free_stem(name: str, taken: set[str]) -> str:
     """A stem for the files of image ``name`` none of which is in ``taken``, to which they are added."""
-    stem = PurePosixPath(name).stem
-    for number in count(1):
-        chosen = stem if number == 1 else f"{stem}_{number}"
-        files = {f"{chosen}{ending}".casefold() for ending in ENDINGS}
-        if not files & taken:
-            taken |= files
-            return chosen
-    raise AssertionError
+    stem = PurePosixPath(name).stem.encode()[:LONGEST_STEM].decode(errors="ignore")
+
+    def files(number: int) -> set[str]:
+        numbered = stem if number == 1 else f"{stem}_{number}"
+        return {f"{numbered}{ending}".casefold() for ending in ENDINGS}
+
+    used, free = 0, 1
+    while files(free) & taken:
+        used, free = free, 2 * free
+    while free - used > 1:  # halved, since a folder may have one image.png for each of 100,000 folders
+        middle = (used + free) // 2
+        used, free = (middle, free) if files(middle) & taken else (used, middle)
+    taken |= files(free)
+    return stem if free == 1 else f"{stem}_{free}"
 
 
 def write_prediction(
@@ -163,16 +170,28 @@ def load_segmenter(name: str, *, device: torch.device) -> tuple[PreTrainedModel,
     place = place_of(name)
     hint = "give a run folder of glare finetune, its model folder, or the Hub id of such a model"
     with explained("model", name, hint):
+        read_config(place)
         model = AutoModelForSemanticSegmentation.from_pretrained(place.name, dtype=torch.float32, **place.safe_options)
-    config = model.config
-    built = (config.architectures or [type(model).__name__])[0]
+    config, named = model.config, model.config.architectures
+    built = str(named[0]) if isinstance(named, list) and named else type(model).__name__
     if not isinstance(
         getattr(config, "backbone_config", None) if config.model_type == "upernet" else config, GlareConfig
     ):
         raise UserError(f"model {name!r} is a {built}; give a model that glare finetune has written")
     if "Segmentation" not in built:
         raise UserError(f"model {name!r} is a {built} without segmentation head; run glare finetune on it first")
+    with explained("model", name, "give a model whose config.json is as glare finetune has written it"):
+        _check_classes(model)
     return model.to(device).eval(), read_normalisation(name)
+
+
+def _check_classes(model: PreTrainedModel) -> None:
+    """ValueError unless names and colours of the classes are such that label maps can be written."""
+    names, colours = class_names(model), np.asarray(palette(model))
+    if not all(isinstance(name, str) for name in names) or not 0 < len(names) <= MAX_CLASSES:
+        raise ValueError(f"id2label has not 1 to {MAX_CLASSES} names")
+    if colours.shape != (len(names), 3):
+        raise ValueError("the palette has not three numbers for each class")
 
 
 def class_names(model: PreTrainedModel) -> list[str]:

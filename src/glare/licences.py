@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from glare.errors import UserError
+from glare.yaml_files import parse_yaml
 
 PERMISSIVE = re.compile(
     r"apache-2\.0|mit|bsd(-[23]-clause.*)?|isc|zlib|unlicense|wtfpl|cc0-1\.0|cc-by-[234]\.[05]|pddl|odc-by"
@@ -24,6 +25,7 @@ LISTED = re.compile(
 """Further identifiers that the Hub accepts as ``license``; any other is written as ``other`` with a name."""
 
 NON_COMMERCIAL = re.compile(r"(^|[^a-z])nc([^a-z]|$)|non-?\s?commercial", re.IGNORECASE)
+MAX_LETTERS = 2**18  # of a README.md that are looked at
 FRONT_MATTER = re.compile(r"\A---\r?\n(.*?)\r?\n---\s*$", re.DOTALL | re.MULTILINE)
 
 
@@ -93,7 +95,8 @@ def stated(fields: Mapping[str, Any], source: str) -> Licence:
         return UNKNOWN
     if len(ids) > 1:
         return combined([Licence(value, source) for value in ids])
-    return Licence(ids[0], source, name=fields.get("license_name"), link=fields.get("license_link"))
+    name, link = (None if fields.get(key) is None else str(fields[key]) for key in ("license_name", "license_link"))
+    return Licence(ids[0], source, name=name, link=link)
 
 
 def combined(parts: Sequence[Licence]) -> Licence:
@@ -113,8 +116,9 @@ def combined(parts: Sequence[Licence]) -> Licence:
 def front_matter(card: Path) -> dict[str, Any]:
     """The metadata of a ``README.md``; empty where there is no file, or nothing in it that can be read."""
     try:
-        found = FRONT_MATTER.match(card.read_text(encoding="utf-8"))
-        fields = yaml.safe_load(found[1]) if found else None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        with card.open(encoding="utf-8") as file:
+            found = FRONT_MATTER.match(file.read(MAX_LETTERS))
+        fields = parse_yaml(found[1], str(card)) if found else None
+    except (OSError, UnicodeDecodeError, UserError):
         return {}
     return fields if isinstance(fields, dict) else {}

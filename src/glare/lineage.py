@@ -4,16 +4,16 @@ Read from the run folders on this machine. Paths of the machine stay here: outsi
 or its id on the Hub.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from glare import licences
-from glare.errors import UserError
+from glare.json_files import read_json
 from glare.licences import Licence
 from glare.model_names import EMBEDDED, is_repo_id
+from glare.paths import local_path
 from glare.price import price
 from glare.report_text import price_text
 from glare.run_folder import run_folder_of
@@ -83,7 +83,7 @@ def stages_of(run: Path | None) -> list[Stage]:
         if job is None:
             break
         found.insert(0, Stage(job, run, str(recipe[job]), str(recipe.get("data")), _settings(job, recipe, run)))
-        run = run_folder_of(str(Path(found[0].start).expanduser()))
+        run = run_folder_of(str(local_path(found[0].start)))
     return found
 
 
@@ -113,17 +113,6 @@ def _recorded(run: Path) -> dict[str, Any]:
     return read_json(run / "price.json") if (run / "price.json").is_file() else {}
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a file. Raises UserError where there is none."""
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({error}); write it again, or remove it") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{file} holds no JSON object; write it again, or remove it")
-    return values
-
-
 def offline(_kind: str, _hub_id: str) -> Mapping[str, Any] | None:
     """The look-up that takes every id for existing and knows nothing of it."""
     return {}
@@ -143,7 +132,7 @@ def origin_of(kind: str, name: str, look_up: LookUp = offline) -> Origin:
             licence = licences.stated(card, page)
             family = licences.of_family(name) if kind == "model" else licences.UNKNOWN
             return Origin(name, name, family if licence.id is None else licence)
-    return Origin(public_name(name), None, _local_licence(Path(name).expanduser()))
+    return Origin(public_name(name), None, _local_licence(local_path(name)))
 
 
 def looks_like_hub_id(name: str) -> bool:

@@ -12,7 +12,9 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 
 from glare import licences
-from glare.errors import UserError
+from glare.comparison_words import verdicts_in
+from glare.errors import UserError, first_line, redacted
+from glare.json_files import read_json
 from glare.licences import Licence
 from glare.lineage import (
     LookUp,
@@ -22,7 +24,6 @@ from glare.lineage import (
     offline,
     origin_of,
     public_name,
-    read_json,
     stages_of,
 )
 from glare.publication import PLACES, Publication, find, glare_config
@@ -34,6 +35,7 @@ ASSETS = Path(__file__).parent / "assets"
 HOMEPAGE = "https://pypi.org/project/glare-ssl"
 TASKS = {"backbone": "image-feature-extraction", "adapter": "image-feature-extraction"}
 SEGMENTATION = "image-segmentation"
+WEB = re.compile(r"https?://[^\s()<>\[\]]+")
 SCORES = {"miou": ("mean_iou", "mIoU"), "aacc": ("accuracy", "pixel accuracy"), "macc": ("mean_accuracy", "mAcc")}
 """Key of eval.json -> metric of the Hub and its name."""
 
@@ -124,7 +126,7 @@ def facts_of(publication: Publication, said: Said | None = None, look_up: LookUp
         base=base,
         stages=trained,
         evaluation=_evaluation(publication, own, said),
-        comparison=None if said.comparison is None else _comparison(said.comparison),
+        comparison=None if said.comparison is None else verdicts_in(said.comparison),
         licence=Licence(said.license, "as given") if said.license else licences.combined(parts),
     )
 
@@ -156,33 +158,45 @@ def _evaluation(publication: Publication, own: str | None, said: Said) -> Evalua
     name = public_name(data) if "/" in data and not looks_like_hub_id(data) else data
     try:
         return Evaluation(
-            scores={key: values[key] for key in SCORES},
-            iou=values["iou"],
-            num_images=values["num_images"],
+            scores={key: _score(values[key]) for key in SCORES},
+            iou={str(name): _score(value) for name, value in values["iou"].items()},
+            num_images=int(values["num_images"]),
             data=said.data_name if said.data_name and public_name(data) == own else name,
-            split=values.get("split"),
-            match=values.get("match"),
+            split=_text(values.get("split")),
+            match=_text(values.get("match")),
             seed=values.get("seed"),
         )
     except KeyError as error:
         raise UserError(f"{file} has no {error}; write it again with `glare evaluate --json`") from None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{file} holds a value of another kind ({first_line(error)}); write it again with `glare evaluate --json`"
+        ) from None
 
 
-def _comparison(folder: Path) -> str:
-    """The words of ``compare.md``, without the paths of this machine."""
-    values, report = folder / "compare.json", folder / "compare.md"
-    if not values.is_file() or not report.is_file():
-        raise UserError(f"{folder} holds no comparison (compare.json and compare.md); give the output of glare compare")
-    result, text = read_json(values), report.read_text(encoding="utf-8")
-    places = {result["base"], *(data["data"] for data in result["data"]), *(m["path"] for m in result["models"])}
-    for place in sorted((str(place) for place in places if place and "/" in str(place)), key=len, reverse=True):
-        if not looks_like_hub_id(place) or any(m["path"] == place for m in result["models"]):
-            text = text.replace(escape(place), escape(public_name(place))).replace(place, public_name(place))
-    return text.strip()
+def _score(value: Any) -> float | None:
+    """A score, None where it is undefined. Raises TypeError or ValueError for anything else."""
+    return None if value is None else float(value)
+
+
+def _text(value: Any) -> str | None:
+    """A name, None where there is none."""
+    return None if value is None else str(value)
 
 
 def card(facts: Facts) -> str:
-    """The README.md: front matter and text."""
+    """The README.md: front matter and text. Raises UserError for a configuration that nothing can be said of."""
+    try:
+        return redacted(_rendered(facts))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        place = facts.publication.model or facts.publication.folder
+        raise UserError(
+            f"the configuration in {place} is not as transformers and PEFT write it ({first_line(error)}); "
+            "save the model again"
+        ) from error
+
+
+def _rendered(facts: Facts) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(ASSETS),
         trim_blocks=True,
@@ -259,7 +273,9 @@ def percent(value: float | None) -> str:
 
 
 def _licence_text(licence: Licence) -> str:
-    text = f"[{licence.title}]({licence.link})" if licence.link else licence.title
+    """Its title, with a link where there is an address of the web."""
+    title, web = escape(licence.title), WEB.fullmatch(str(licence.link or ""))
+    text = f"[{title}]({web[0]})" if web else title
     return f"**{text}** (non-commercial)" if licence.non_commercial else text
 
 

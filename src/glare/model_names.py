@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, but not in its __all__
 from safetensors import SafetensorError
 from transformers.utils import cached_file
@@ -87,12 +87,19 @@ def is_repo_id(name: str) -> bool:
     return True
 
 
+FAILURES: tuple[type[Exception], ...] = (
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError, AssertionError),
+    *(SafetensorError, StrictDataclassError),
+)
+"""What a configuration may make the code that reads it fail with; a fault of another kind stays what it is."""
+
+
 @contextmanager
 def explained(kind: str, name: str, hint: str) -> Iterator[None]:
     """Turn what goes wrong while a model is read into a UserError: the ``kind`` of that ``name`` and why; ``hint``."""
     try:
         yield
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except FAILURES as error:
         raise UserError(f"{kind} {name!r} cannot be loaded ({_reason(place_of(name), error)}); {hint}") from error
 
 

@@ -3,7 +3,6 @@
 Training writes ``price.json`` into its run folder, a comparison reads it.
 """
 
-import json
 import math
 import resource
 import statistics
@@ -18,11 +17,15 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from glare.comparison import Price
+from glare.errors import UserError
 from glare.intervals import Estimate
+from glare.json_files import read_json
 from glare.run_folder import RunFolder, atomic_write_json, run_folder_of
 from glare.runtime import Clock, finish
 
 FILE = "price.json"
+RECORDED = ("parameters_trained", "seconds", "peak_memory_bytes")
+LARGEST = 1e18  # of what is recorded: bytes, seconds, weights
 CLEAR_REFS = Path("/proc/self/clear_refs")  # of Linux: 5 sets the peak of the resident set to what it is now
 TAIL, NORMAL = 0.025, 1.96  # of a 95 % interval: probability on each side, half its width in standard errors
 
@@ -92,15 +95,22 @@ def price(model_path: str | Path, *, overhead: Estimate | None) -> Price:
     run = run_folder_of(str(model_path))
     recorded: dict[str, Any] = {}
     if run is not None and (run / FILE).is_file():
-        recorded = json.loads((run / FILE).read_text(encoding="utf-8"))
+        recorded = read_json(run / FILE)
+    numbers = {key: recorded.get(key) for key in RECORDED}
+    wrong = [key for key, value in numbers.items() if value is not None and not _is_amount(value)]
+    if wrong:
+        raise UserError(f"{run}/{FILE} has no number under {wrong[0]!r}; remove the file, the price is then not known")
+    device = recorded.get("device")
     return Price(
         adapter_bytes=stored_bytes(run or Path(model_path)),
-        parameters_trained=recorded.get("parameters_trained"),
-        seconds=recorded.get("seconds"),
-        peak_memory_bytes=recorded.get("peak_memory_bytes"),
-        device=recorded.get("device"),
+        device=None if device is None else str(device),
         overhead=overhead,
+        **numbers,
     )
+
+
+def _is_amount(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < LARGEST
 
 
 def stored_bytes(folder: Path) -> int | None:
@@ -114,7 +124,7 @@ def stored_bytes(folder: Path) -> int | None:
     model = folder / "model" if (folder / "model").is_dir() else folder
     weights = list(model.glob("*.safetensors"))
     config = model / "config.json"
-    if not weights or not config.is_file() or json.loads(config.read_text(encoding="utf-8")).get("adapter_config"):
+    if not weights or not config.is_file() or read_json(config).get("adapter_config"):
         return None
     return sum(file.stat().st_size for file in weights)
 

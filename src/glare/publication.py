@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers import AutoModel, AutoModelForSemanticSegmentation
 
 from glare.errors import UserError, first_line
-from glare.lineage import read_json
+from glare.json_files import read_json
+from glare.model_names import Place
 from glare.run_folder import run_folder_of
 
 CODE = ("configuration_glare.py", "modeling_glare.py", "segmentation_heads.py", "uniadapter.py")
@@ -68,8 +69,8 @@ class Publication:
 
 def glare_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The configuration of the GLARE model in a model's, which UperNet holds as its backbone's."""
-    inner: Mapping[str, Any] = config["backbone_config"] if config.get("model_type") == "upernet" else config
-    return inner
+    inner = config.get("backbone_config") if config.get("model_type") == "upernet" else config
+    return inner if isinstance(inner, Mapping) else {}
 
 
 def find(folder: Path) -> Publication:
@@ -92,10 +93,11 @@ def find(folder: Path) -> Publication:
 
 def _kind(model: Path) -> str:
     config = read_json(model / "config.json")
-    model_type, built = config.get("model_type"), (config.get("architectures") or [""])[0]
+    model_type, named = config.get("model_type"), config.get("architectures")
+    built = str(named[0]) if isinstance(named, list) and named else ""
     if model_type == "glare":
         return "segmenter" if "Segmentation" in built else "backbone"
-    if model_type == "upernet" and config.get("backbone_config", {}).get("model_type") == "glare":
+    if model_type == "upernet" and glare_config(config).get("model_type") == "glare":
         return "upernet"
     raise UserError(f"{model} holds a model of type {model_type!r}, not one of glare; {EXPECTED}")
 
@@ -170,7 +172,7 @@ def _check_adapter(staged: Path, source: Path) -> None:
         PeftConfig.from_pretrained(str(staged))
         with safe_open(staged / "adapter_model.safetensors", framework="pt") as file:
             empty = not file.keys()
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except Exception as error:  # a configuration may make the code that reads it fail in any way
         raise UserError(f"the adapter in {source} cannot be read ({first_line(error)}); {EXPECTED}") from None
     if empty:
         raise UserError(f"the adapter in {source} has no weights; {EXPECTED}")
@@ -185,8 +187,11 @@ def _check_model(publication: Publication, staged: Path) -> None:
         )
     family = AutoModel if publication.kind == "backbone" else AutoModelForSemanticSegmentation
     try:
-        _, found = family.from_pretrained(staged, dtype=torch.float32, output_loading_info=True)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        options = {**Place(str(staged)).safe_options, "output_loading_info": True}
+        _, found = family.from_pretrained(staged, dtype=torch.float32, **options)
+    except MemoryError:
+        raise
+    except Exception as error:  # a configuration may make the code that reads it fail in any way
         raise UserError(
             f"the model in {publication.model} cannot be loaded ({first_line(error)}); {EXPECTED}"
         ) from None

@@ -12,11 +12,11 @@ import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass
-from difflib import SequenceMatcher
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, cast, get_args, get_origin, get_type_hints
 
-from glare.errors import UserError
+from glare.errors import UserError, redacted, shortened
+from glare.spelling import nearest
 from glare.typed_values import MismatchError, Text, expected, members, plain, read, written
 from glare.yaml_files import dump, read_mapping
 
@@ -82,17 +82,6 @@ def read_yaml(path: str | Path, recipe_class: type[R]) -> dict[str, Any]:
     values = read_mapping(path)
     _check_keys(recipe_class, values, where=f" in {path}")
     return values
-
-
-def nearest(name: str, candidates: Sequence[str]) -> str:
-    """The candidate most like ``name``: in full, by its part after the last dot, or by its initials."""
-
-    def likeness(candidate: str) -> float:
-        last = candidate.rsplit(".")[-1]
-        forms = (candidate, last, "".join(word[:1] for word in last.split("_")))
-        return max(SequenceMatcher(None, name.lower(), form.lower()).ratio() for form in forms)
-
-    return max(candidates, key=likeness)
 
 
 def _parse(recipe_class: type[R], argv: Sequence[str], *, prog: str, description: str) -> tuple[R, dict[str, Any]]:
@@ -293,7 +282,7 @@ def _check_keys(recipe_class: type[Any], mapping: Mapping[str, Any], *, where: s
     for name, value in mapping.items():
         if name not in names:
             likely = nearest(str(name), [key.name for key in _keys(recipe_class)])
-            raise UserError(f"unknown key {prefix + str(name)!r}{where}; the nearest is {prefix + likely!r}")
+            raise UserError(f"unknown key {shortened(prefix + str(name))!r}{where}; the nearest is {prefix + likely!r}")
         nested = _nested(hints[name])
         if nested is not None and isinstance(value, Mapping):
             _check_keys(nested, value, where=where, prefix=f"{prefix}{name}.")
@@ -327,15 +316,26 @@ def _value(field: dataclasses.Field[Any], annotation: Any, value: Any, *, prefix
         if isinstance(value, nested):
             return value
         if not isinstance(value, Mapping):
-            raise UserError(f"{name} is {written(value)!r}; expected keys and values")
+            raise UserError(f"{name} is {shortened(written(value))!r}; expected keys and values")
         base = base if dataclasses.is_dataclass(base) else None
         return _build(nested, value, prefix=f"{name}.", base=base)
     try:
         result = read(annotation, value)
     except MismatchError:
-        raise UserError(f"{name} is {written(value)!r}; expected {expected(annotation)}") from None
+        raise UserError(f"{name} is {shortened(written(value))!r}; expected {expected(annotation)}") from None
+    _check_no_secret(name, result)
     _check_choices(name, result, _choices(field, annotation))
     return result
+
+
+def _check_no_secret(name: str, value: Any) -> None:
+    """UserError for a password or an access token: a recipe is written into files that are passed on."""
+    text = written(value)
+    if redacted(text) != text:
+        raise UserError(
+            f"{name} is {shortened(redacted(text))!r}, which holds a password or an access token and would be written "
+            "into files; log in with `hf auth login`, or download what it leads to and give the folder"
+        )
 
 
 def _check_choices(name: str, value: Any, choices: Sequence[Any]) -> None:
@@ -344,5 +344,6 @@ def _check_choices(name: str, value: Any, choices: Sequence[Any]) -> None:
         if choices and item is not None and item not in choices:
             likely = nearest(str(item), [str(choice) for choice in choices])
             raise UserError(
-                f"{name} is {item!r}; choose from {', '.join(map(str, choices))}; the nearest is {likely!r}"
+                f"{name} is {shortened(repr(item))}; choose from {', '.join(map(str, choices))}; "
+                f"the nearest is {likely!r}"
             )

@@ -270,5 +270,5 @@ def _step(line: str) -> float:
     """The step of a line of metrics, infinite for a broken line."""
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return math.inf

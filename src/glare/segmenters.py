@@ -41,6 +41,8 @@ def load_pretrained(name: str) -> tuple[GlareModel, Normalisation]:
 def _load_adapter(name: str, place: Place) -> tuple[GlareModel, Normalisation]:
     with explained("adapter", name, "give an adapter folder or Hub id as glare pretrain or PEFT writes them"):
         config = PeftConfig.from_pretrained(place.name, **place.options)
+        if place.file("adapter_model.safetensors") is None:
+            raise ValueError("it has no adapter_model.safetensors, the only file of weights that is read")
         weights = load_peft_weights(place.name, **place.options)
     base = config.base_model_name_or_path
     if not base:
@@ -48,8 +50,10 @@ def _load_adapter(name: str, place: Place) -> tuple[GlareModel, Normalisation]:
             f"the adapter {name!r} does not say for which model it is; put base_model_name_or_path into its "
             "adapter_config.json, or give the model folder of the run"
         )
-    model = GlareModel.from_backbone(load_backbone(base).backbone, config)
-    found = set_peft_model_state_dict(model.backbone, weights, adapter_name=ADAPTER_NAME)
+    backbone = load_backbone(base).backbone
+    with explained("adapter", name, f"give an adapter of {base}, as glare pretrain or PEFT writes them"):
+        model = GlareModel.from_backbone(backbone, config)
+        found = set_peft_model_state_dict(model.backbone, weights, adapter_name=ADAPTER_NAME)
     if found.unexpected_keys:
         raise UserError(f"the adapter {name!r} does not fit its base model {base!r}; give the model it was trained on")
     return model, read_normalisation(base)

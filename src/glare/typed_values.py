@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
+LARGEST = 2**63 - 1  # of whole numbers, what 64 bits hold
 TRUE, FALSE = ("true", "yes", "on"), ("false", "no", "off")
 
 
@@ -103,25 +104,26 @@ def _read_bool(value: Any) -> bool:
 
 
 def _read_int(value: Any) -> int:
+    """Read a whole number of at most 64 bits."""
     if isinstance(value, Text):
         try:
-            return int(value)
+            value = int(value)
         except ValueError:
             raise MismatchError from None
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) <= LARGEST:
         return value
     raise MismatchError
 
 
 def _read_float(value: Any) -> float:
-    """A number, also as text, since YAML 1.1 takes 1e-3 for text; NaN is none."""
+    """A number, also as text, since YAML 1.1 takes 1e-3 for text; NaN and infinity are none."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise MismatchError
     try:
         number = float(value)
     except (ValueError, OverflowError):
         raise MismatchError from None
-    if math.isnan(number):
+    if not math.isfinite(number):
         raise MismatchError
     return number
 
@@ -133,8 +135,8 @@ def _read_str(value: Any) -> str:
 
 
 def _read_path(value: Any) -> Path:
-    """Read a path; an empty one is refused, it would silently mean the current folder."""
-    if not isinstance(value, Path) and not (isinstance(value, str) and value.strip()):
+    """Read a path; an empty one is refused, it would silently mean the current folder, and so is a null byte."""
+    if not isinstance(value, Path) and not (isinstance(value, str) and value.strip() and "\0" not in value):
         raise MismatchError
     return Path(value)
 

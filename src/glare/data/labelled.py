@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unicodedata import category
 
 import numpy as np
 import torch
@@ -15,14 +16,18 @@ from torch import Tensor
 from glare.crops import PackedImages
 from glare.data.cache import PixelStore, Reading, check_short_side, packed_images, shrink
 from glare.data.landcover import parse_landcover
-from glare.data.sources import BadImage, Images, image_files, matching
-from glare.errors import UserError
+from glare.data.listing import image_names
+from glare.data.opening import open_picture, reason_of
+from glare.data.sources import BadImage, folder_images, matching
+from glare.errors import UserError, shortened
+from glare.paths import kind_of, local_path, printable
 from glare.runtime import seeded
 
 IGNORE_INDEX = 255
 MAX_CLASSES = 255  # a label is one byte, and 255 means ignored
 LAYOUT = "a labelled folder holds [split/]images/*.jpg, [split/]labels/*.png and classes.json"
 EXAMPLE = '{"classes": ["building", "road"], "ignore_index": 255}'
+UNPRINTABLE = ("Cc", "Cs")  # of Unicode's categories: control characters and halves of characters
 GREY_STEPS = {"L;2": 85, "L;4": 17}
 """Pillow spreads grey PNGs of 2 and 4 bits to 0..255 by these factors."""
 
@@ -88,8 +93,8 @@ def open_labelled(data: str, *, split: str | None = None, match: str | None = No
     Raises:
         UserError: there is no such data or split, it is not laid out like this, or ``match`` selects none.
     """
-    path = Path(data).expanduser()
-    if data.partition(":")[0] == "landcover" and not path.is_dir():
+    path = local_path(data)
+    if data.partition(":")[0] == "landcover" and kind_of(path) != "folder":
         found = _generated(data, split)
     else:
         found = _folder(_split_folder(path, split))
@@ -176,9 +181,12 @@ def _generated(data: str, split: str | None) -> LabelledSet:
 
 def _split_folder(data: Path, split: str | None) -> Path:
     """The folder that holds images and labels."""
-    if not data.is_dir():
+    if kind_of(data) != "folder":
         raise UserError(f"labelled data {str(data)!r} is not a folder; {LAYOUT}")
-    splits = sorted(folder.name for folder in data.iterdir() if (folder / "images").is_dir())
+    try:
+        splits = sorted(folder.name for folder in data.iterdir() if (folder / "images").is_dir())
+    except OSError as error:
+        raise UserError(f"labelled data {str(data)!r} cannot be listed ({error.strerror}); make it readable") from None
     if split is not None:
         if split not in splits:
             others = f"it has {', '.join(splits)}" if splits else "leave split out"
@@ -194,16 +202,15 @@ def _split_folder(data: Path, split: str | None) -> Path:
 
 
 def _folder(folder: Path) -> LabelledSet:
-    files = image_files(folder / "images")
-    if not files:
+    names = image_names(folder / "images")
+    if not names:
         raise UserError(f"folder {str(folder / 'images')!r} holds no images; {LAYOUT}")
-    names = [file.relative_to(folder / "images") for file in files]
-    images = Images([name.as_posix() for name in names], lambda index: Image.open(files[index]))
+    images = folder_images(folder / "images", names)
     classes, palette, ignore = _read_classes(folder)
 
     def load(index: int) -> Labelled:
         image = images.read(index)
-        file = folder / "labels" / names[index].with_suffix(".png")
+        file = (folder / "labels" / names[index]).with_suffix(".png")
         try:
             return image, _read_label(file, image.size, num_classes=len(classes), ignore=ignore)
         except ValueError as error:
@@ -214,39 +221,48 @@ def _folder(folder: Path) -> LabelledSet:
 
 def _read_label(file: Path, size: tuple[int, int], *, num_classes: int, ignore: int) -> NDArray[np.uint8]:
     """Class indices (h, w) with 255 for ``ignore``; ValueError says what is wrong with the file."""
-    values = _read_indices(file)
-    if values.shape != size[::-1]:
-        raise ValueError(
-            f"its label {file} has {values.shape[1]} x {values.shape[0]} px, the image {size[0]} x {size[1]}; "
-            "give them the same size"
-        )
+    name = printable(str(file))
+    values = _read_indices(file, name, size)
     ignored = values == ignore
     unknown = np.unique(values[~ignored & ((values < 0) | (values >= num_classes))])
     if unknown.size:
         listed = ", ".join(map(str, unknown[:8])) + (", ..." if unknown.size > 8 else "")
         raise ValueError(
-            f"its label {file} has the values {listed}; allowed are 0 to {num_classes - 1} and {ignore} to ignore: "
+            f"its label {name} has the values {listed}; allowed are 0 to {num_classes - 1} and {ignore} to ignore: "
             "correct the label, or the classes in classes.json"
         )
     return np.where(ignored, IGNORE_INDEX, values).astype(np.uint8)
 
 
-def _read_indices(file: Path) -> NDArray[Any]:
-    """The values of a picture of one channel; of a palette picture, the indices."""
+def _read_indices(file: Path, name: str, size: tuple[int, int]) -> NDArray[Any]:
+    """The values of a picture of one channel and this size; of a palette picture, the indices."""
     if not file.is_file():
-        raise ValueError(f"it has no label {file}; add that file or remove the image")
+        raise ValueError(f"it has no label {name}; add that file or remove the image")
     try:
-        with Image.open(file) as label:
+        label = open_picture(file)
+    except Exception as error:  # Pillow's readers let almost any exception out on a broken file
+        raise _unreadable(name, error) from error
+    with label:
+        if len(label.getbands()) > 1 or label.mode == "F":
+            raise ValueError(
+                f"its label {name} is a colour picture (mode {label.mode}); "
+                "write a PNG with one channel that holds the class index of every pixel"
+            )
+        if label.size != size:  # known before it is decoded
+            raise ValueError(
+                f"its label {name} has {label.width} x {label.height} px, the image {size[0]} x {size[1]}; "
+                "give them the same size"
+            )
+        try:
             step = GREY_STEPS.get(str(label.tile[0].args), 1) if label.tile else 1
             values = np.asarray(label)
-    except Exception as error:  # Pillow's readers let almost any exception out on a broken file
-        raise ValueError(f"its label {file} cannot be read ({error}); write it again as PNG") from error
-    if values.ndim != 2 or values.dtype.kind == "f":
-        raise ValueError(
-            f"its label {file} is a colour picture (mode {label.mode}); "
-            "write a PNG with one channel that holds the class index of every pixel"
-        )
+        except Exception as error:
+            raise _unreadable(name, error) from error
     return values // step if step > 1 else values.astype(np.int64)
+
+
+def _unreadable(name: str, error: Exception) -> ValueError:
+    return ValueError(f"its label {name} cannot be read ({reason_of(error)}); write it again as PNG")
 
 
 def _read_classes(folder: Path) -> tuple[list[str], NDArray[np.uint8], int]:
@@ -258,8 +274,9 @@ def _read_classes(folder: Path) -> tuple[list[str], NDArray[np.uint8], int]:
         content = json.loads(file.read_text(encoding="utf-8"))
         classes, ignore = content["classes"], content.get("ignore_index", IGNORE_INDEX)
         palette = content.get("palette")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{str(file)!r} has no list of classes ({error!r}); write one such as {EXAMPLE}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = shortened(repr(error))
+        raise UserError(f"{str(file)!r} has no list of classes ({reason}); write one such as {EXAMPLE}") from error
     _check_classes(file, classes, ignore)
     return classes, distinct_colours(len(classes)) if palette is None else _colours(file, palette, len(classes)), ignore
 
@@ -268,8 +285,15 @@ def _check_classes(file: Path, classes: Any, ignore: Any) -> None:
     names = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
     if not names or not 0 < len(set(classes)) == len(classes) <= MAX_CLASSES:
         raise UserError(f"classes in {str(file)!r} must be 1 to {MAX_CLASSES} different names, such as {EXAMPLE}")
+    unfit = [name for name in classes if not name.strip() or any(category(letter) in UNPRINTABLE for letter in name)]
+    if unfit:
+        raise UserError(
+            f"classes in {str(file)!r} has the name {shortened(unfit[0])!r}, which cannot be shown; "
+            "give names without control characters"
+        )
     if type(ignore) is not int:
-        raise UserError(f"ignore_index in {str(file)!r} is {ignore!r}; give the value that means no class, such as 255")
+        given = shortened(repr(ignore))
+        raise UserError(f"ignore_index in {str(file)!r} is {given}; give the value that means no class, such as 255")
 
 
 def _colours(file: Path, palette: Any, count: int) -> NDArray[np.uint8]:

@@ -4,7 +4,7 @@ A source is opened by listing names only; an image is decoded when it is read. W
 depth of a file, `read` gives RGB with 8 bits, upright; what cannot be read raises `BadImage` with name and reason.
 """
 
-import os
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -16,18 +16,23 @@ from typing import Any, Protocol
 import datasets
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from glare.data.landcover import parse_landcover
+from glare.data.listing import EXTENSIONS, extension_of, image_names
+from glare.data.listing import image_files as image_files
+from glare.data.listing import natural as natural
+from glare.data.opening import open_picture, reason_of
 from glare.errors import UserError, first_line
+from glare.paths import kind_of, local_path, printable
 
-EXTENSIONS = ("jpg", "jpeg", "png", "bmp", "gif", "webp", "tif", "tiff", "ppm", "pgm", "jp2")
 SHARDS = {"parquet": "parquet", "tar": "webdataset"}
 """File extension -> the builder of `datasets` that reads it."""
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 BEHIND_TRANSPARENT = (124, 116, 104)  # ImageNet's mean colour: no-data areas normalise to about 0
 DEPTH_LIMITS = (255, 4095, 65535)  # white of 8, 12 and 16 bits
+STRIP_PIXELS = 2**20  # of a large picture that are converted at once
 EXIF_ORIENTATION = 0x0112
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -86,14 +91,10 @@ class Images:
         try:
             with self.open_image(index) as image:
                 return _read(image, short_side)
-        except UnidentifiedImageError as error:
-            raise BadImage(self.names[index], "not an image, or of a format that Pillow cannot read") from error
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise BadImage(self.names[index], f"{error} Cut it into tiles") from error
         except MemoryError:
             raise
         except Exception as error:  # Pillow's readers let almost any exception out on a broken file
-            raise BadImage(self.names[index], str(error) or type(error).__name__) from error
+            raise BadImage(self.names[index], reason_of(error)) from error
 
     def subset(self, indices: Iterable[int]) -> "Images":
         """Only the images ``indices``, in that order."""
@@ -113,10 +114,11 @@ def open_source(data: str, *, match: str | None = None) -> Images:
     Raises:
         UserError: there is no such data, it holds no images, or ``match`` selects none.
     """
-    path = Path(data).expanduser()
-    if data and path.is_dir():
+    path = local_path(data)
+    kind = kind_of(path) if data else None
+    if kind == "folder":
         images = _open_folder(path)
-    elif path.is_file():
+    elif kind == "file":
         images = _open_file(path)
     elif data.partition(":")[0] == "landcover":
         scenes = parse_landcover(data)
@@ -129,32 +131,6 @@ def open_source(data: str, *, match: str | None = None) -> Images:
             "check the spelling, or give a folder of images"
         )
     return images.subset(matching(images.names, match, data=data))
-
-
-def image_files(folder: Path) -> list[Path]:
-    """The image files below ``folder`` in natural order of their relative paths; each linked folder once.
-
-    Hidden files and folders are left out, and in a folder with ``images`` and ``labels`` all but ``images``.
-    """
-    found: list[Path] = []
-    seen: set[Path] = set()
-    for here, folders, files in os.walk(folder, followlinks=True, onerror=_refuse):
-        real = Path(here).resolve()
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(filter(_visible, folders))
-        if {"images", "labels"} <= set(folders):
-            folders[:] = ["images"]
-            continue
-        found += [Path(here, name) for name in files if _visible(name) and _extension(name) in EXTENSIONS]
-    return sorted(found, key=lambda file: natural(file.relative_to(folder).as_posix()))
-
-
-def natural(name: str) -> tuple[list[str | int], str]:
-    """Sort key that puts tile2 before tile10."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)], name
 
 
 def matching(names: Sequence[str], match: str | None, *, data: str) -> list[int]:
@@ -215,23 +191,50 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return Image.fromarray(_scale_to_8_bit(np.asarray(image))).convert("RGB")
     if image.has_transparency_data:
-        opaque = Image.new("RGBA", image.size, BEHIND_TRANSPARENT)
-        solid = image.convert("LA") if image.mode == "La" else image
-        return Image.alpha_composite(opaque, solid.convert("RGBA")).convert("RGB")
+        return _over_mean_colour(image)
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
+def _over_mean_colour(image: Image.Image) -> Image.Image:
+    """A picture with transparency as RGB; rows at a time, to save memory."""
+    rgb = Image.new("RGB", image.size)
+    for strip in _strips(image.height, image.width):
+        part = image.crop((0, strip.start, image.width, strip.stop))
+        solid = part.convert("LA") if part.mode == "La" else part
+        opaque = Image.new("RGBA", part.size, BEHIND_TRANSPARENT)
+        rgb.paste(Image.alpha_composite(opaque, solid.convert("RGBA")).convert("RGB"), (0, strip.start))
+    return rgb
+
+
+def _strips(height: int, width: int) -> list[slice]:
+    """Rows of a picture that are worked on together."""
+    rows = max(1, STRIP_PIXELS // max(1, width))
+    return [slice(first, min(first + rows, height)) for first in range(0, height, rows)]
+
+
 def _scale_to_8_bit(values: NDArray[Any]) -> NDArray[np.uint8]:
-    """Grey values (h, w) of any range as 8 bits, by the rules of `to_rgb8`."""
-    finite = np.isfinite(values)
-    grey = np.where(finite, values, 0).astype(np.float64)
-    low, high = (float(edge(grey, where=finite, initial=0)) for edge in (np.min, np.max))
+    """Grey values (h, w) of any range as 8 bits, by the rules of `to_rgb8`; rows at a time, to save memory."""
+    strips = _strips(*values.shape)
+    edges = [_edges(values[strip]) for strip in strips]
+    low, high = min((low for low, _ in edges), default=0.0), max((high for _, high in edges), default=0.0)
     limits = DEPTH_LIMITS if np.issubdtype(values.dtype, np.integer) else (1, *DEPTH_LIMITS)
-    white: float | None = next((limit for limit in limits if high <= limit), None)
+    white: float | None = next((limit for limit in limits if max(high, 0.0) <= limit), None)
     if low < 0 or white is None:
-        low = float(np.min(grey, where=finite, initial=high))
-        grey, white = np.where(finite, grey - low, 0), max(high - low, 1e-300)
-    return np.rint(grey / white * 255).astype(np.uint8)
+        black, white = low, max(high - low, 1e-300)
+    else:
+        black = 0.0
+    scaled = np.empty(values.shape, np.uint8)
+    for strip in strips:
+        grey = values[strip].astype(np.float64)
+        finite = np.isfinite(grey)
+        scaled[strip] = np.rint(np.where(finite, grey - black, 0) / white * 255)
+    return scaled
+
+
+def _edges(values: NDArray[Any]) -> tuple[float, float]:
+    """The least and greatest finite value; infinity and its negative where there is none."""
+    finite = values[np.isfinite(values)]
+    return (float(finite.min()), float(finite.max())) if finite.size else (math.inf, -math.inf)
 
 
 def _upright(rgb: Image.Image, original: Image.Image) -> Image.Image:
@@ -243,10 +246,14 @@ def _upright(rgb: Image.Image, original: Image.Image) -> Image.Image:
     return rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb
 
 
+def folder_images(folder: Path, names: Sequence[str]) -> Images:
+    """The files ``names`` of a folder, by their names as valid text."""
+    return Images([printable(name) for name in names], lambda index: open_picture(folder / names[index]))
+
+
 def _open_folder(folder: Path) -> Images:
-    if files := image_files(folder):
-        names = [file.relative_to(folder).as_posix() for file in files]
-        return Images(names, lambda index: Image.open(files[index]))
+    if names := image_names(folder):
+        return folder_images(folder, names)
     for extension, builder in SHARDS.items():
         if next(folder.rglob(f"*.{extension}"), None):
             return _open_table(str(folder), builder, data_dir=str(folder))
@@ -257,11 +264,11 @@ def _open_folder(folder: Path) -> Images:
 
 
 def _open_file(file: Path) -> Images:
-    extension = _extension(file.name)
+    extension = extension_of(file.name)
     if extension in SHARDS:
         return _open_table(str(file), SHARDS[extension], data_files=str(file))
     if extension in EXTENSIONS:
-        return Images([file.name], lambda _: Image.open(file))
+        return folder_images(file.parent, [file.name])
     allowed = ", ".join((*EXTENSIONS, *SHARDS))
     raise UserError(f"file {str(file)!r} is no image by its name; give a file named {allowed}, or a folder")
 
@@ -284,14 +291,25 @@ def _open_table(data: str, builder: str, **files: str) -> Images:
     if isinstance(rows.features[column], datasets.Image):
         rows = rows.cast_column(column, datasets.Image(decode=False))
     rows = rows.select_columns([column])
+    folder = None if not files else Path(data) if Path(data).is_dir() else Path(data).parent
 
     def open_image(index: int) -> Image.Image:
         cell = rows[index][column]
         if cell is None:
             raise ValueError("the row has no image")
-        return Image.open(cell["path"] if cell["bytes"] is None else BytesIO(cell["bytes"]))
+        if cell["bytes"] is not None:
+            return open_picture(BytesIO(cell["bytes"]))
+        return open_picture(Path(cell["path"]) if folder is None else _inside(folder, cell["path"]))
 
     return Images([f"{index:06d}" for index in range(len(rows))], open_image)
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """The file that a table of this folder names. Raises ValueError where that is a file of somewhere else."""
+    file = folder / name
+    if not file.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"its path {name!r} leads out of the folder of the table; put the image into the table")
+    return file
 
 
 def _image_column(features: Any, *, data: str) -> str:
@@ -306,15 +324,3 @@ def _image_column(features: Any, *, data: str) -> str:
             f"data {data!r} has no column of images, only {', '.join(features)}; give a data set with an Image column"
         )
     return "image" if "image" in columns else columns[0]
-
-
-def _refuse(error: OSError) -> None:
-    raise UserError(f"folder {error.filename!r} cannot be listed ({error.strerror}); make it readable or move it away")
-
-
-def _extension(name: str) -> str:
-    return name.rpartition(".")[2].lower()
-
-
-def _visible(name: str) -> bool:
-    return not name.startswith(".")

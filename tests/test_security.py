@@ -1,0 +1,372 @@
+"""Nothing that is read runs code, nothing is unpacked, and no token or password gets into a file or a message."""
+
+import ast
+import io
+import json
+import os
+import pickle
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from labelled_samples import write_labelled
+from PIL import Image
+from safetensors.torch import save_file
+from tiny_models import adapted_model, segmenter, tiny_vit
+
+from glare import cli, region_attention
+from glare.backbones import load_backbone
+from glare.convert import ConvertRecipe
+from glare.convert import run as convert
+from glare.data.sources import BadImage, open_source
+from glare.errors import HIDDEN, UserError, redacted
+from glare.inference import load_segmenter
+from glare.objectives.glare import CrossAttention
+from glare.run_folder import RunFolder
+from glare.segmenters import load_pretrained
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted(file for part in ("src", "spaces", "training") for file in (ROOT / part).rglob("*.py"))
+CPU = torch.device("cpu")
+
+
+class Evil:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.trace}",)
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> Iterator[Path]:
+    """A file that is there as soon as somebody runs what came with the weights."""
+    yield tmp_path / "trace"
+    assert not (tmp_path / "trace").exists()
+
+
+def old_tar(trace: Path) -> bytes:
+    """PyTorch's format before 0.1.11, a tar of pickles."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as tar:
+        for name in ("sys_info", "storages", "tensors", "pickle"):
+            body = pickle.dumps(Evil(trace), protocol=2)
+            member = tarfile.TarInfo(name)
+            member.size = len(body)
+            tar.addfile(member, io.BytesIO(body))
+    return stream.getvalue()
+
+
+def saved(content: Any, *, modern: bool) -> bytes:
+    stream = io.BytesIO()
+    torch.save(content, stream, _use_new_zipfile_serialization=modern)
+    return stream.getvalue()
+
+
+def malicious(form: str, trace: Path) -> bytes:
+    nested = {"model": {"a": torch.zeros(2), "deep": [{"in": (1, Evil(trace))}]}, "epoch": 1}
+    return {
+        "zip": lambda: saved({"model": {"a": torch.zeros(2)}, "args": Evil(trace)}, modern=True),
+        "zip, deep inside": lambda: saved(nested, modern=True),
+        "before 1.6": lambda: saved({"model": {"a": torch.zeros(2)}, "args": Evil(trace)}, modern=False),
+        "before 0.1.11": lambda: old_tar(trace),
+        "bare pickle": lambda: pickle.dumps(Evil(trace)),
+        "bare pickle, protocol 0": lambda: pickle.dumps({"model": Evil(trace)}, protocol=0),
+    }[form]()
+
+
+FORMS = ("zip", "zip, deep inside", "before 1.6", "before 0.1.11", "bare pickle", "bare pickle, protocol 0")
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin", ".safetensors", ".ckpt"])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_malicious_checkpoint_is_not_run(form: str, suffix: str, trace: Path, tmp_path: Path) -> None:
+    file = tmp_path / f"evil{suffix}"
+    file.write_bytes(malicious(form, trace))
+    with pytest.raises(UserError, match=r"evil.* (cannot be read|holds objects besides|is no PyTorch)") as caught:
+        convert(ConvertRecipe(source="dino", paths=(file, tmp_path / "vit")))
+    assert "\n" not in str(caught.value) and [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors", "pytorch_model.pt"])
+def test_a_model_folder_of_pickles_is_not_run(name: str, form: str, trace: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    segmenter(tiny_vit()).save_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    (folder / name).write_bytes(malicious(form, trace))
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_backbone(str(folder))
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_segmenter(str(folder), device=CPU)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.safetensors", "adapter_model.pt"])
+def test_an_adapter_of_pickles_is_not_run(name: str, trace: Path, tmp_path: Path) -> None:
+    tiny_vit().save_pretrained(tmp_path / "vit")
+    adapted_model(tiny_vit(), "lora").save_adapter(tmp_path / "adapter", base_model=str(tmp_path / "vit"))
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    (tmp_path / "adapter" / name).write_bytes(malicious("zip", trace))
+    with pytest.raises(UserError, match=r"adapter .* cannot be loaded"):
+        load_pretrained(str(tmp_path / "adapter"))
+
+
+def test_other_files_of_weights_are_not_run(trace: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / region_attention.FILE).write_bytes(malicious("zip", trace))
+    said = region_attention.start(CrossAttention(8, 1), str(tmp_path))
+    assert said is not None and "cannot be read" in said
+    checkpoint = tmp_path / "checkpoints" / "step_000001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text('{"step": 1, "state": {}}')
+    (checkpoint / "state.safetensors").write_bytes(malicious("zip", trace))
+    with pytest.warns(UserWarning, match="is left out, it cannot be read"):
+        assert RunFolder(tmp_path, write=False).latest_checkpoint() is None
+
+
+# code that comes with a model
+
+
+@pytest.mark.parametrize("model_type", ["vit", "glare", "unheard-of"])
+def test_code_beside_a_model_is_not_run(model_type: str, trace: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    if model_type == "glare":
+        segmenter(tiny_vit()).save_pretrained(folder)
+    else:
+        tiny_vit().save_pretrained(folder)
+    code = f"open({str(trace)!r}, 'w')\n"
+    for file in (*folder.glob("*.py"), folder / "evil.py", folder / "__init__.py"):
+        file.write_text(code)
+    config = json.loads((folder / "config.json").read_text())
+    kinds = ("AutoConfig", "AutoModel", "AutoModelForSemanticSegmentation", "AutoBackbone")
+    config |= {"model_type": model_type, "auto_map": {kind: f"evil.{kind}" for kind in kinds}}
+    (folder / "config.json").write_text(json.dumps(config))
+    for load in (load_backbone, lambda name: load_segmenter(name, device=CPU)):
+        try:
+            load(str(folder))
+        except UserError as error:
+            assert model_type != "glare" and "\n" not in str(error)
+
+
+def test_no_call_asks_for_remote_code() -> None:
+    calls = [(file, call) for file in SOURCES for call in calls_in(file) if name_of(call) == "from_pretrained"]
+    assert len(calls) >= 6
+    for file, call in calls:
+        given = {keyword.arg: keyword.value for keyword in call.keywords}
+        value = given.get("trust_remote_code")
+        owner = ast.unparse(call.func).split(".")[0]
+        safe = isinstance(value, ast.Constant) and value.value is False
+        spread = [ast.unparse(keyword.value) for keyword in call.keywords if keyword.arg is None]
+        assert safe or owner == "PeftConfig" or any("options" in text for text in spread), (
+            f"{file}: {ast.unparse(call)}"
+        )
+
+
+# the sources
+
+
+def calls_in(file: Path) -> Iterator[ast.Call]:
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    return (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+
+
+def name_of(call: ast.Call) -> str:
+    return call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+
+
+FORBIDDEN = {
+    *("eval", "exec", "compile", "__import__", "os.system", "os.popen", "pickle.load", "pickle.loads", "marshal.loads"),
+    *("yaml.load", "yaml.load_all", "yaml.full_load", "yaml.unsafe_load", "joblib.load", "shutil.unpack_archive"),
+    *("pickle.Unpickler", "torch.hub.load", "shelve.open", "dill.load", "dill.loads", "evaluate.load"),
+}
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_no_source_runs_what_it_reads(file: Path) -> None:
+    for call in calls_in(file):
+        text, given = ast.unparse(call.func), {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        where = f"{file}:{call.lineno}: {ast.unparse(call)}"
+        assert text not in FORBIDDEN, where
+        assert not text.endswith((".extractall", ".unpack_archive")), where
+        assert given.get("shell") != "True", where
+        assert given.get("allow_pickle") in (None, "False"), where
+        assert given.get("trust_remote_code") in (None, "False"), where
+        if text == "torch.load":
+            assert given.get("weights_only") == "True", where
+
+
+# archives
+
+
+def evil_tar(file: Path) -> None:
+    picture = io.BytesIO()
+    Image.new("RGB", (4, 3)).save(picture, "png")
+    with tarfile.open(file, "w") as tar:
+        for name in ("0.png", "../escaped.png", "/tmp/absolute-escaped.png", "a/../../up.png"):
+            member = tarfile.TarInfo(name)
+            member.size = picture.tell()
+            tar.addfile(member, io.BytesIO(picture.getvalue()))
+        for kind, name in ((tarfile.SYMTYPE, "link.png"), (tarfile.LNKTYPE, "hard.png"), (tarfile.CHRTYPE, "dev.png")):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "/etc/passwd"
+            tar.addfile(member)
+
+
+def test_members_of_a_tar_do_not_leave_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    datasets.disable_progress_bars()
+    (tmp_path / "data" / "shards").mkdir(parents=True)
+    evil_tar(tmp_path / "data" / "shards" / "x.tar")
+    source = open_source(str(tmp_path / "data" / "shards"))
+    read = [source.read(index).size for index in range(len(source))]
+    assert set(read) == {(4, 3)}
+    left = [file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*.png")]
+    assert left == [] and not Path("/tmp/absolute-escaped.png").exists()
+    assert sorted(path.name for path in (tmp_path / "data").rglob("*")) == ["shards", "x.tar"]
+
+
+def test_a_table_does_not_lead_to_files_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    datasets.disable_progress_bars()
+    (tmp_path / "data").mkdir()
+    Image.new("RGB", (4, 3)).save(tmp_path / "private.png")
+    Image.new("RGB", (5, 3)).save(tmp_path / "data" / "beside.png")
+    paths = [str(tmp_path / "private.png"), "../private.png", "beside.png"]
+    rows = {"image": [{"bytes": None, "path": path} for path in paths]}
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "data" / "x.parquet")
+    source = open_source(str(tmp_path / "data" / "x.parquet"))
+    for index in (0, 1):
+        with pytest.raises(BadImage, match="leads out of the folder"):
+            source.read(index)
+    assert source.read(2).size == (5, 3)
+
+
+def test_zips_are_not_read(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr("../escaped.png", b"x")
+    with pytest.raises(UserError, match="is no image by its name"):
+        open_source(str(tmp_path / "x.zip"))
+    with pytest.raises(UserError, match="holds no images"):
+        open_source(str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["x.zip"]
+
+
+# tokens and passwords
+
+TOKEN = "hf_" + "aB3dE5gH7jK9mN1pQ3sT5vX7zA9cE1gI3k"
+OTHER = "s3cr3t-w0rd-of-a-mirror"  # a token of another form, such as a mirror of the Hub gives
+ADDRESS = "https://somebody:pass-w0rd-99@host.example/data.zip"
+SECRETS = (TOKEN, OTHER, "pass-w0rd-99")
+
+
+def everything_in(folder: Path) -> Iterator[tuple[str, bytes]]:
+    for path in folder.rglob("*"):
+        yield str(path), os.fsencode(path.name)
+        if path.is_file():
+            yield str(path), path.read_bytes()
+
+
+@pytest.mark.parametrize("token", [TOKEN, OTHER])
+def test_no_job_writes_or_prints_the_token(
+    token: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", token)
+    monkeypatch.chdir(tmp_path)
+    tiny_vit().save_pretrained(tmp_path / "vit")
+    data = str(write_labelled(tmp_path / "with 'quotes' <b>\n and lines", 4))
+    small = ["--device", "cpu", "--precision", "fp32", "--batch-size", "2", "--steps", "1"]
+    views = ["views.num_local=2", "views.global_size=16", "views.local_size=8", "glare.prototypes=8", "rank=2"]
+    views += ["glare.head_hidden=8", "glare.head_bottleneck=4", "glare.regions.min_side=1", "glare.regions.max_side=2"]
+    few = ["--short-side", "32", "--controls", "3", "--seeds", "1", "--device", "cpu"]
+    on = ["--data", data]
+    jobs = [
+        ["pretrain", "--backbone", "vit", *on, "--output", "runs/a", *small, *views],
+        ["finetune", "--model", "runs/a", *on, "--output", "runs/b", "--crop-size", "16", "--head", "linear", *small],
+        ["evaluate", "--model", "runs/b", *on, "--device", "cpu", "--json", "runs/b/eval.json"],
+        ["push", "--dry-run", "runs/b", "owner/name"],
+        ["push", "--dry-run", "runs/a", "owner/name"],
+        ["compare", "--base", "vit", "--adapted", "runs/a", *on, "--output", "compared", *few],
+        ["predict", "--model", "runs/b", "--output", "pictures", "--device", "cpu", f"{data}/images"],
+    ]
+    for job in jobs:
+        assert cli.main(job) == 0, (job, capfd.readouterr().err)
+    out, err = capfd.readouterr()
+    assert token not in out + err
+    for path, content in everything_in(tmp_path):
+        assert token.encode() not in content, path
+    card = (tmp_path / "runs" / "b" / "model" / "README.md").read_text()
+    page = (tmp_path / "compared" / "report.html").read_text()
+    assert "<b>" not in card.partition("---\n\n")[2] and "'quotes' <b>" not in page
+
+
+MISTAKES = [
+    ["pretrain", "--backbone", "vit", "--data", ADDRESS, "--output", "run"],
+    ["pretrain", "--backbone", ADDRESS, "--data", "d", "--output", "run"],
+    ["pretrain", "--backbone", f"owner/name@{TOKEN}", "--data", "d", "--output", "run"],
+    ["pretrain", "--backbone", "b", "--data", "d", "--output", TOKEN],
+    ["pretrain", "--backbone", "b", "--data", "d", "--output", "run", f"steps={TOKEN}"],
+    ["pretrain", "--backbone", "b", "--data", "d", "--output", "run", f"--{TOKEN}", "1"],
+    ["pretrain", "--backbone", "b", "--data", "d", "--output", "run", TOKEN],
+    ["pretrain", "--backbone", "b", "--data", OTHER, "--output", "run"],
+    ["finetune", "--model", ADDRESS, "--data", "d", "--output", "run"],
+    ["finetune", "--model", "m", "--data", ADDRESS, "--output", "run"],
+    ["evaluate", "--model", f"https://x.example/m?token={TOKEN}", "--data", "d"],
+    ["predict", "--model", "m", "--output", "run", ADDRESS],
+    ["push", "--dry-run", "run", "owner/name", "--data-name", ADDRESS],
+    ["push", "run", f"owner/{TOKEN}/x"],
+    ["compare", "--base", "b", "--adapted", ADDRESS, "--data", "d", "--output", "run"],
+    ["convert", "--source", "dino", ADDRESS, "run"],
+    [TOKEN],
+    ["pretrain", "--recipe", "secret.yaml", "--output", "run"],
+]
+
+
+@pytest.mark.parametrize("argv", MISTAKES, ids=lambda argv: " ".join(argv)[:40])
+def test_no_message_repeats_a_secret(
+    argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", OTHER)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "secret.yaml").write_text(f"backbone: b\ndata: {ADDRESS}\n")
+    assert cli.main(argv) in (1, 2)
+    out, err = capfd.readouterr()
+    assert err.startswith("glare") and err.count("\n") == 1
+    assert not any(secret in out + err for secret in SECRETS)
+    assert [path.name for path in tmp_path.iterdir()] == ["secret.yaml"]
+
+
+def test_what_is_hidden_and_what_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", OTHER)
+    for secret in (
+        TOKEN,
+        OTHER,
+        ADDRESS,
+        "http://key@host/x",
+        f"s3://b/x?X-Amz-Signature={'a' * 20}&b=1",
+        f"x={TOKEN}",
+    ):
+        assert HIDDEN in redacted(secret)
+        assert not any(hidden in redacted(secret) for hidden in SECRETS)
+    for text in (
+        "hf_home",
+        "org/model@main",
+        "https://huggingface.co/a/b",
+        "a?token",
+        "me@host.example",
+        "landcover:arid",
+    ):
+        assert redacted(text) == text
+    assert str(UserError(f"data {ADDRESS!r} is nothing")) == f"data 'https://{HIDDEN}@host.example/data.zip' is nothing"
+
+
+def test_safetensors_are_the_only_weights_written(tmp_path: Path) -> None:
+    segmenter(tiny_vit()).save_pretrained(tmp_path / "model")
+    save_file({"a": torch.zeros(1)}, tmp_path / "x.safetensors")
+    assert not [file for file in tmp_path.rglob("*") if file.suffix in (".bin", ".pt", ".pth", ".pkl")]
