@@ -28,7 +28,7 @@ def cut_views(
     """This process's share of a batch, cut and augmented on the device."""
     rank, world = accelerator.process_index, accelerator.num_processes
     index = batch.view(world, -1)[rank]
-    if images.pixels.device != accelerator.device:
+    if images.pixels.device.type != accelerator.device.type:  # "cuda" is not "cuda:0"
         images, index = subset(images, index).to(accelerator.device), torch.arange(len(index))
     generator = seeded(seed, step, rank, 0)
     return make_views(images, index, config, patch_size=patch_size, normalise=normalise, generator=generator)
