@@ -14,7 +14,7 @@ from other_device import OTHER, other_device
 from reference.builders import noise_image, packed
 from reference.glare_cases import randomise
 from test_plain_step import assert_close, make_batch
-from tiny_models import adapted_model, tiny_vit
+from tiny_models import adapted_model, segmenter, tiny_vit
 from torch import Tensor
 
 from glare import crops
@@ -36,7 +36,7 @@ from glare.pretrain_step import cut_views, train_step
 from glare.regions import RegionConfig
 from glare.run_folder import RunFolder
 from glare.runtime import Clock, make_accelerator, seeded
-from glare.segmenters import SegmenterState, add_head
+from glare.segmenters import SegmenterState
 from glare.segmenters import parameter_groups as segmenter_groups
 from glare.student import Student
 from glare.teacher import make_teacher
@@ -292,10 +292,7 @@ def fine_tuned(head: str, data: LabelledSet, device: torch.device, folder: Path)
     )
     recipe = FinetuneRecipe(model="", data="", output=folder)
     job = Job(recipe, numbers, accelerate(device, folder), Normalisation(), data)
-    torch.manual_seed(0)
-    model = add_head(
-        adapted_model(tiny_vit()), head, pyramid=True, classes=data.classes, palette=data.palette.tolist()
-    ).to(device)
+    model = segmenter(tiny_vit(), num_labels=3, head=head).to(device)
     optimizer = torch.optim.AdamW(segmenter_groups(model.train(), 0.1), eps=1e-3)
     for step in range(2):
         finetune_step(job, model, optimizer, (pixels, labels), step=step)
