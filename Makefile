@@ -1,12 +1,13 @@
 # make demo: GLARE end to end on built-in scenes     make test: all tests     make check: lint, format, types
 # make bench: images a second of pre-training, beside the way of research code, some minutes on two cores
-# Each creates .venv and installs into it first; another interpreter: make PYTHON=python3.12 ...
+# make versions: the tests with the oldest and with the newest dependencies allowed, each in an environment of its own
+# Each of the others creates .venv and installs into it first; another interpreter: make PYTHON=python3.12 ...
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench versions clean
 
 demo: $(INSTALLED)
 	rm -rf runs/demo
@@ -24,6 +25,10 @@ check: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/glare bench --json bench.json
+
+# Many minutes; the oldest torch brings several GB of CUDA packages where no index has a CPU build of it.
+versions:
+	PYTHON=$(PYTHON) .ci/versions
 
 clean:
 	rm -rf .venv build dist bench.json src/*.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -27,9 +27,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
-    AutoConfig, AutoModel, AutoModelForSemanticSegmentation, SegformerImageProcessorPil, pipeline
+    AutoConfig, AutoModel, AutoModelForSemanticSegmentation, pipeline
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.models.segformer.image_processing_pil_segformer import SegformerImageProcessorPil
 
 folder = Path(sys.argv[1])
 images = load_file(folder / "images.safetensors")["images"]

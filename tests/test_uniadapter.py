@@ -218,7 +218,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(family: str, make_vit: 
     def gradients(checkpointing: bool, targets: str | None) -> list[torch.Tensor]:
         vit = make_vit(family, pos_embed_rescale=None) if family == "dinov3_vit" else make_vit(family)
         if checkpointing:
-            vit.activation_checkpointing_enable()
+            getattr(vit, "activation_checkpointing_enable", vit.gradient_checkpointing_enable)()  # the newer name
         model = get_peft_model(vit, UniAdapterConfig(r=4, target_modules=targets)).train()
         train_a_little(model)
         model(images, interpolate_pos_encoding=True).last_hidden_state.sin().sum().backward()

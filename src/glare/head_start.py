@@ -40,12 +40,12 @@ def start_head(student: Student, views: Views, *, temperature: float, draws: Dra
 @torch.no_grad()
 def whiten(head: ProjectionHead, rows: Tensor) -> None:
     """Change the last layer of the head's MLP so that its output over ``rows`` (n, dim) is white."""
-    output = head.mlp(rows).double()
+    output = head.mlp(rows).cpu().double()  # not every GPU has float64
     mean = output.mean(dim=0)
-    values, vectors = eigh(gram([output - mean]).cpu() / len(output))
+    values, vectors = eigh(gram([output - mean]) / len(output))
     scale = (values + FLOOR * values.mean() + EPS).rsqrt()
-    transform = ((vectors * scale) @ vectors.T).to(output.device)
+    transform = (vectors * scale) @ vectors.T
     last = head.mlp[-1]
     assert isinstance(last, nn.Linear)
-    last.weight.copy_(transform @ last.weight.double())
-    last.bias.copy_(transform @ (last.bias.double() - mean))
+    last.weight.copy_(transform @ last.weight.cpu().double())
+    last.bias.copy_(transform @ (last.bias.cpu().double() - mean))

@@ -65,7 +65,7 @@ def training_batch(
         outside the image.
     """
     images, labels = packed.images, packed.labels
-    if labels.device != device:
+    if labels.device.type != device.type:  # "cuda" is not "cuda:0"
         labels = _labels_of(packed, index).to(device)
         images, index = subset(images, index).to(device), torch.arange(len(index))
     size, count = (crops.size, crops.size), len(index)

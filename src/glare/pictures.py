@@ -36,7 +36,7 @@ def pca_colours(before: Tensor, after: Tensor) -> tuple[NDArray[np.uint8], NDArr
     Returns:
         RGB (..., 3) of each.
     """
-    rows = torch.cat([before.reshape(-1, before.shape[-1]), after.reshape(-1, after.shape[-1])]).double().cpu()
+    rows = torch.cat([before.reshape(-1, before.shape[-1]), after.reshape(-1, after.shape[-1])]).cpu().double()
     scores = _components(rows - rows.mean(dim=0))
     low, high = scores.quantile(torch.tensor(RANGE, dtype=torch.float64), dim=0)
     reach = high - low

@@ -40,7 +40,7 @@ def cut_views(
     """This process's share of a batch, cut and augmented on the device."""
     draws = draws_of(accelerator, len(batch), seed=seed, step=step, purpose=VIEWS)
     index = batch[draws.share]
-    if images.pixels.device != accelerator.device:
+    if images.pixels.device.type != accelerator.device.type:  # "cuda" is not "cuda:0"
         images, index = subset(images, index).to(accelerator.device), torch.arange(len(index))
     return make_views(images, index, config, patch_size=patch_size, normalise=normalise, draws=draws)
 

@@ -25,7 +25,7 @@ def make_accelerator(*, device: str, precision: str, report_to: str, output: Pat
     ``precision`` auto is bf16 where the processor computes in it, else fp32. What stays in float32 under a lower
     precision, the logits of the losses, is multiplied in TF32 by GPUs that have it.
     """
-    if device in ("cuda", "mps") and not getattr(torch, device if device == "cuda" else "backends.mps").is_available():
+    if (device == "cuda" and not torch.cuda.is_available()) or (device == "mps" and not torch.mps.is_available()):
         raise UserError(f"device {device!r} is not available on this machine; leave --device out or give cpu")
     AcceleratorState._reset_state(reset_partial_state=False)
     cpu = device == "cpu" or (device == "auto" and not torch.accelerator.is_available())
@@ -46,7 +46,7 @@ def make_accelerator(*, device: str, precision: str, report_to: str, output: Pat
 def _has_bf16(*, cpu: bool) -> bool:
     if cpu:
         return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def seeded(*parts: int) -> torch.Generator:
