@@ -17,6 +17,8 @@ from glare.data.cache import pack
 from glare.data.sources import open_source
 from glare.errors import UserError
 from glare.figures import write_report
+from glare.health_check import HealthCheck, check_views
+from glare.health_watch import MAY_DIFFER_ON_RESUME, HealthWatch, WatchSettings
 from glare.model_card import write_card
 from glare.modeling_glare import GlareModel
 from glare.objectives.glare import GlareObjective, GlareSettings
@@ -82,6 +84,13 @@ class PretrainRecipe:
     compile: bool = option(False, "torch.compile the blocks of the ViT, for long runs on a GPU")
     checkpoint_every: int = option(100, "steps between checkpoints")
     log_every: int = option(10, "steps between lines of metrics.jsonl")
+    on_unhealthy: str = option(
+        "stop", "what to do when features collapse or the loss diverges", choices=("stop", "warn")
+    )
+    select: str = option(
+        "last", "which checkpoint to save as the model, the last or the healthiest", choices=("last", "health")
+    )
+    patience: int | None = option(None, "end early after so many steps without a healthier checkpoint")
     num_workers: int | None = option(None, "threads that decode images; one a core where not given")
     report_to: str = option("tensorboard", "trackers besides metrics.jsonl", choices=TRACKERS)
     resume: bool = option(False, "go on from the last checkpoint of the output folder")
@@ -135,26 +144,31 @@ def run(given: Mapping[str, Any]) -> Path:
         student.compile_blocks()
         teacher.compile_blocks()
     optimizer = make_optimizer(student, recipe.weight_decay)
+    watch = make_watch(student, packed.images, recipe, accelerator, normalise)
     wrapped, optimizer = accelerator.prepare(student, optimizer)
     state = TrainState(student, teacher, optimizer)
 
     # run folder, resume
     folder = RunFolder.create(recipe.output, resume=recipe.resume, write=accelerator.is_main_process)
-    folder.write_recipe(recipe)
+    for change in folder.write_recipe(recipe, may_differ=MAY_DIFFER_ON_RESUME):
+        accelerator.print(f"resumed with another recipe: {change}")
     accelerator.init_trackers("")
     checkpoint = folder.latest_checkpoint()
     start = 0
     if checkpoint is not None:
         state.restore(checkpoint.tensors)
         start, meter.earlier = checkpoint.step, checkpoint.state.get("seconds", math.nan)
+    watch.resume(folder, start)
 
     # the loop
     fitting = fits(packed.images.pixels.nbytes, accelerator.device)
     images = packed.images.to(accelerator.device) if fitting else packed.images
     batches = epoch_batches(len(packed.names), plan.batch_size, seed=recipe.seed, start=start)
-    clock = Clock()
+    clock, done, logged = Clock(), start, start
     bar = tqdm(total=plan.steps, initial=start, desc="pretrain", disable=not accelerator.is_main_process)
     for step, batch in zip(range(start, plan.steps), batches, strict=False):
+        if watch.enough:
+            break
         with clock.measure("data"):
             views = cut_views(
                 images,
@@ -168,22 +182,30 @@ def run(given: Mapping[str, Any]) -> Path:
             )
         for group in optimizer.param_groups:
             group["lr"] = plan.learning_rate_at(step)
-        terms, grad_norm = train_step(state, wrapped, views, plan, accelerator, step=step, clock=clock)
+        terms, grad_norms = train_step(state, wrapped, views, plan, accelerator, step=step, clock=clock)
         bar.update()
-        if (step + 1) % recipe.log_every == 0 or step + 1 == plan.steps:
-            values = measurements(terms, grad_norm, plan, step, clock, log_every=recipe.log_every)
-            folder.log(step + 1, **values)
-            accelerator.log(values, step=step + 1)
-            bar.set_postfix_str(progress_text(values))
-            clock = Clock()
-        if (step + 1) % recipe.checkpoint_every == 0 or step + 1 == plan.steps:
-            folder.write_checkpoint(step + 1, state.tensors(), {"seconds": meter.seconds})
+        done = step + 1
+        saves = done % recipe.checkpoint_every == 0 or done == plan.steps
+        if saves or done % recipe.log_every == 0:
+            values = measurements(terms, grad_norms, student.objective, plan, step, clock, steps=done - logged)
+            values |= watch.measure(student, done, saves=saves)
+            folder.log(done, **values)
+            accelerator.log(values, step=done)
+            bar.set_postfix_str(progress_text({**watch.latest, **values}, watch.untouched))
+            watch.judge({"step": done, **values}, folder, saves=saves)
+            clock, logged = Clock(), done
+        if saves and watch.healthy:
+            folder.write_checkpoint(done, state.tensors(), {"seconds": meter.seconds}, protected=watch.protected())
     bar.close()
     accelerator.end_training()
     seconds = meter.seconds
     if accelerator.is_main_process:
+        exported = watch.chosen(done)
+        if exported != done:
+            state.restore(folder.checkpoint(exported).tensors)
         save(model, state, recipe, folder, normalise)
-        meter.write(folder, model, seconds=seconds, steps=plan.steps, images=len(packed.names))
+        watch.write(folder, exported=exported, last=done)
+        meter.write(folder, model, seconds=seconds, steps=done, images=len(packed.names))
         write_card(folder.path)
     return folder.path
 
@@ -232,6 +254,19 @@ def make_student(model: GlareModel, recipe: PretrainRecipe) -> Student:
     objective = OBJECTIVES[recipe.objective](config.hidden_size, config.num_attention_heads, settings)
     mask_token = recipe.views.patch_augmentation == "mask"
     return Student(model.backbone, objective, mask_token=mask_token, anchor=recipe.anchor)
+
+
+def make_watch(
+    student: Student, images: PackedImages, recipe: PretrainRecipe, accelerator: Accelerator, normalise: Normalisation
+) -> HealthWatch:
+    """The watch of a run, before its first step; checks are the main process's."""
+    check = None
+    if accelerator.is_main_process:
+        batch_size, size = recipe.batch_size // accelerator.num_processes, recipe.views.global_size
+        views = check_views(images, batch_size=batch_size, size=size, seed=recipe.seed, normalise=normalise)
+        check = HealthCheck.of(student.backbone, views.to(accelerator.device), accelerator)
+    prototypes = len(student.objective.head.last_layer.weight_g)
+    return HealthWatch(WatchSettings.of(recipe), check, accelerator, prototypes=prototypes)
 
 
 def fit_head(

@@ -10,7 +10,7 @@ from glare.objectives.base import Terms
 from glare.pretrain_plan import Plan
 from glare.runtime import Clock, seeded
 from glare.teacher import update_teacher
-from glare.train_state import TrainState, clip_each
+from glare.train_state import TrainState, clip_parts
 from glare.views import Normalisation, ViewConfig, Views, make_views
 
 
@@ -43,10 +43,11 @@ def train_step(
     *,
     step: int,
     clock: Clock,
-) -> tuple[Terms, Tensor]:
+) -> tuple[Terms, dict[str, Tensor]]:
     """One optimizer step, then the teacher and the centres follow. Raises UserError when the loss is not finite.
 
-    ``clock`` gets the parts "teacher", "student" (with heads and losses), "backward" and "update".
+    ``clock`` gets the parts "teacher", "student" (with heads and losses), "backward" and "update". Returns the terms
+    and the gradient norms of ``clip_parts``.
     """
     with clock.measure("teacher"), accelerator.autocast():
         features = state.teacher.target_features(views)
@@ -59,24 +60,33 @@ def train_step(
             generator=seeded(plan.seed, step, accelerator.process_index, 1),
         )
         total = terms.total
-    if not torch.isfinite(total):
-        broken = ", ".join(name for name, value in terms.losses.items() if not torch.isfinite(value))
-        raise UserError(
-            f"the loss became {total.item()} at step {step + 1} (terms: {broken}); lower learning_rate "
-            f"(now {plan.learning_rate}) or give --precision fp32, and go on from the last checkpoint with --resume"
-        )
+    require_finite(terms, plan, accelerator, step=step)
     with clock.measure("backward"):
         accelerator.backward(total)
     with clock.measure("update"):
-        grad_norm = update(state, terms, plan, accelerator, step=step)
-    return terms, grad_norm
+        grad_norms = update(state, terms, plan, accelerator, step=step)
+    return terms, grad_norms
 
 
-def update(state: TrainState, terms: Terms, plan: Plan, accelerator: Accelerator, *, step: int) -> Tensor:
-    """What follows from the gradients: student, teacher, centres. Returns the norm of all gradients."""
+def require_finite(terms: Terms, plan: Plan, accelerator: Accelerator, *, step: int) -> None:
+    """Raise UserError on all processes where a term of the loss is not finite on any of them."""
+    own = torch.stack(list(terms.losses.values())).isfinite().logical_not()
+    broken = accelerator.reduce(own.float(), reduction="sum") if accelerator.num_processes > 1 else own
+    if not broken.any():
+        return
+    names = ", ".join(name for name, there in zip(terms.losses, broken.tolist(), strict=True) if there)
+    value = terms.total.item() if own.any() else "nan or infinite on another process"
+    raise UserError(
+        f"the loss became {value} at step {step + 1} (terms: {names}); lower learning_rate "
+        f"(now {plan.learning_rate}) or give --precision fp32, and go on from the last checkpoint with --resume"
+    )
+
+
+def update(state: TrainState, terms: Terms, plan: Plan, accelerator: Accelerator, *, step: int) -> dict[str, Tensor]:
+    """What follows from the gradients: student, teacher, centres. Returns the norms of the gradients."""
     student = state.student
     accelerator.unscale_gradients(state.optimizer)
-    grad_norm = clip_each([p for p in student.parameters() if p.grad is not None], plan.clip)
+    grad_norms = clip_parts(student, plan.clip)
     if step < plan.freeze_last_layer_steps:
         student.objective.head.last_layer.zero_grad()
     if step < plan.head_warmup_steps:
@@ -85,7 +95,7 @@ def update(state: TrainState, terms: Terms, plan: Plan, accelerator: Accelerator
     state.optimizer.zero_grad()
     update_teacher(state.teacher, student, plan.momentum_at(step))
     student.objective.update(sums_over_ranks(terms.batch_sums, accelerator))
-    return grad_norm
+    return grad_norms
 
 
 def sums_over_ranks(

@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,18 +87,23 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
         return cls(path, write=write)
 
-    def write_recipe(self, recipe: "DataclassInstance") -> None:
+    def write_recipe(self, recipe: "DataclassInstance", *, may_differ: frozenset[str] = frozenset()) -> list[str]:
         """Write ``recipe.yaml``; in a resumed folder, bring the metrics back to the latest checkpoint.
 
-        Raises UserError, with nothing changed, where the run was made with other values of keys that matter.
+        Returns what changed of the keys ``may_differ`` that matter, which stands as comments above the recipe, too.
+        Raises UserError, with nothing changed, where the run was made with other values of other keys that matter.
         """
         file = self.path / "recipe.yaml"
+        changes, comments = [], ""
         if file.exists():
-            _check_same(file, recipe)
+            changes = _check_same(file, recipe, may_differ)
+            comments = "".join(line for line in file.read_text("utf-8").splitlines(True) if line.startswith("#"))
         if self.write:
             self._clear_leftovers()
             self._rewind()
-            atomic_write_text(file, to_yaml(recipe))
+            comments += "".join(f"# after step {next(iter(self.checkpoint_steps()), 0)}: {text}\n" for text in changes)
+            atomic_write_text(file, comments + to_yaml(recipe))
+        return changes
 
     def log(self, step: int, **values: object) -> None:
         """Add a line to ``metrics.jsonl``; numbers that are not finite become null."""
@@ -107,10 +112,23 @@ class RunFolder:
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(_finite({"step": step, **values})) + "\n")
 
+    def lines(self) -> list[dict[str, float]]:
+        """The numbers of each whole line of ``metrics.jsonl``, with its ``step``."""
+        file = self.path / "metrics.jsonl"
+        text = file.read_text(encoding="utf-8") if file.exists() else ""
+        whole = [json.loads(line) for line in text.splitlines() if math.isfinite(_step(line))]
+        return [{key: value for key, value in line.items() if isinstance(value, int | float)} for line in whole]
+
     def write_checkpoint(
-        self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *, keep: int = 2
+        self,
+        step: int,
+        tensors: Mapping[str, Tensor],
+        state: Mapping[str, Any],
+        *,
+        keep: int = 2,
+        protected: Collection[int] = (),
     ) -> None:
-        """Write ``checkpoints/step_<step>`` and remove all but the last ``keep``.
+        """Write ``checkpoints/step_<step>`` and remove all but the last ``keep`` and those of ``protected`` steps.
 
         Tensors may have any dtype, shape and device, and share memory; ``state`` is plain JSON, floats exact.
         """
@@ -123,18 +141,25 @@ class RunFolder:
             save_file(packed, folder / "state.safetensors")
             (folder / "state.json").write_text(json.dumps({"step": step, "state": state}), encoding="utf-8")
         for old in self._checkpoints()[keep:]:
-            shutil.rmtree(old)
+            if int(old.name[5:]) not in protected:
+                shutil.rmtree(old)
 
     def latest_checkpoint(self) -> Checkpoint | None:
         """The last complete checkpoint, None where there is none; warns of one that cannot be read."""
         for folder in self._checkpoints():
             try:
-                saved = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-                tensors = load_file(folder / "state.safetensors")
-                return Checkpoint(step=saved["step"], tensors=tensors, state=saved["state"])
+                return _read_checkpoint(folder)
             except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
                 warnings.warn(f"{folder} is left out, it cannot be read: {error}", stacklevel=2)
         return None
+
+    def checkpoint(self, step: int) -> Checkpoint:
+        """One of ``checkpoint_steps``."""
+        return _read_checkpoint(self.path / "checkpoints" / f"step_{step:06d}")
+
+    def checkpoint_steps(self) -> list[int]:
+        """Steps of the checkpoints, the latest first."""
+        return [int(path.name[5:]) for path in self._checkpoints()]
 
     @contextmanager
     def publish(self, name: str) -> Iterator[Path]:
@@ -179,6 +204,11 @@ class RunFolder:
         last = 0 if checkpoint is None else checkpoint.step
         kept = [line for line in file.read_text(encoding="utf-8").splitlines() if _step(line) <= last]
         atomic_write_text(file, "".join(f"{line}\n" for line in kept))
+
+
+def _read_checkpoint(folder: Path) -> Checkpoint:
+    saved = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    return Checkpoint(step=saved["step"], tensors=load_file(folder / "state.safetensors"), state=saved["state"])
 
 
 def run_folder_of(path: str) -> Path | None:
@@ -235,20 +265,21 @@ def _check_used(path: Path, *, resume: bool | None) -> None:
         raise UserError(f"the output folder {path} holds no run to --resume (no recipe.yaml); give another --output")
 
 
-def _check_same(file: Path, recipe: "DataclassInstance") -> None:
-    """Raise UserError where the recipe on disk and this one differ in a key that matters."""
+def _check_same(file: Path, recipe: "DataclassInstance", may_differ: frozenset[str]) -> list[str]:
+    """What changed of the keys ``may_differ``; UserError where the recipes differ in another key that matters."""
     old, new = flatten(read_mapping(file)), flatten(to_dict(recipe))
-    names = [name for name in {**old, **new} if name.split(".")[0] not in MAY_DIFFER_ON_RESUME]
-    changes = [
-        f"{name} was {written(old.get(name))} and is {written(new.get(name))}"
-        for name in names
-        if old.get(name) != new.get(name)
-    ]
-    if changes:
+    changes = {
+        name: f"{name} was {written(old.get(name))} and is {written(new.get(name))}"
+        for name in {**old, **new}
+        if old.get(name) != new.get(name) and name.split(".")[0] not in MAY_DIFFER_ON_RESUME
+    }
+    wrong = [text for name, text in changes.items() if name not in may_differ]
+    if wrong:
         raise UserError(
-            f"the run in {file.parent} has another recipe: {'; '.join(changes)}; "
+            f"the run in {file.parent} has another recipe: {'; '.join(wrong)}; "
             "give --resume with the old values, or another --output without it"
         )
+    return list(changes.values())
 
 
 def _finite(value: Any) -> Any:
