@@ -1,4 +1,4 @@
-"""A watched run: equal bits, alarms that stop it and keep its last healthy checkpoint, remedies that can be followed."""
+"""A watched run: equal bits, alarms that stop it and keep its last healthy checkpoint, remedies that work."""
 
 import json
 from collections.abc import Callable
@@ -63,16 +63,174 @@ def lines(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_probe(given: Callable[..., dict[str, Any]]) -> None:
-    for lr in (0.02, 0.05, 0.1, 0.2, 0.5):
-        folder = pretrain.run(given(f"x{lr}", learning_rate=lr, warmup_steps=12, steps=12, on_unhealthy="warn"))
-        for line in lines(folder):
-            print(
-                lr,
-                {
-                    k: round(v, 3)
-                    for k, v in line.items()
-                    if v is not None and k in (*CHECKED, "loss", "grad_norm", "teacher_entropy", "marginal_entropy")
-                },
-            )
-    assert 0
+@pytest.mark.parametrize("adapter", ["uniadapter", "lora", "full"])
+def test_a_watched_run_ends_with_the_same_bits(
+    given: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, adapter: str
+) -> None:
+    asked = {"adapter": adapter, "head_warmup_steps": 1}
+    watched = pretrain.run(given("watched", **asked))
+    assert [line["step"] for line in lines(watched) if set(line) >= CHECKS] == [1, 2, 4, 6]
+    assert set(lines(watched)[2]) & CHECKS == set()
+    monkeypatch.setattr(HealthCheck, "of", lambda *_: HealthCheck(torch.empty(1, 0), torch.empty(0), {}, None))
+    monkeypatch.setattr(health_watch.HealthWatch, "measure", lambda *_, **__: {})
+    alone = pretrain.run(given("alone", **asked))
+    assert not any(CHECKS & set(line) for line in lines(alone))
+    ours, theirs = weights(watched), weights(alone)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+@pytest.mark.parametrize("adapter", ["uniadapter", "full"])
+def test_a_vit_without_class_token_is_watched(
+    given: Callable[..., dict[str, Any]], tmp_path: Path, adapter: str
+) -> None:
+    tiny_ijepa().save_pretrained(tmp_path / "ijepa")
+    folder = pretrain.run(given("run", backbone=str(tmp_path / "ijepa"), adapter=adapter))
+    last = lines(folder)[-1]
+    assert set(last) >= CHECKS and last["cosine_to_base"] < 1
+
+
+def test_every_line_has_the_norms_of_gradients_and_centres(given: Callable[..., dict[str, Any]]) -> None:
+    folder = pretrain.run(given("run"))
+    for line in lines(folder):
+        parts = line["grad_norm_backbone"], line["grad_norm_heads"]
+        assert line["grad_norm"] == pytest.approx(np.hypot(*parts), rel=1e-5) and min(parts) > 0
+    assert all(lines(folder)[-1][f"centre_norm_{level}"] > 0 for level in ("cls", "region", "patch"))
+    saved = weights(folder)["objective.centre_region"]
+    health = json.loads((folder / "health.json").read_text())
+    assert saved.shape == (32,)
+    assert health["untouched"]["rankme_patches"] == pytest.approx(lines(folder)[0]["rankme_patches"], rel=0.1)
+    assert (health["images"], health["exported_step"], health["last_step"]) == (7, 6, 6)
+
+
+def test_checks_are_few(given: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health_watch, "CHECK_EVERY", 4)
+    folder = pretrain.run(given("run", steps=16, log_every=3, checkpoint_every=11))
+    assert [line["step"] for line in lines(folder)] == [3, 6, 9, 11, 12, 15, 16]
+    assert [line["step"] for line in lines(folder) if set(line) >= CHECKS] == [3, 9, 11, 15, 16]
+
+
+ABSURD = {"learning_rate": 1.5, "warmup_steps": 12, "steps": 12}
+"""Learns nothing good, but slowly enough for a healthy checkpoint before."""
+
+
+def command(asked: dict[str, Any], *more: str) -> list[str]:
+    nested = [f"{group}.{key}={value}" for group in ("views", "glare") for key, value in asked[group].items()]
+    nested = [text for text in nested if "regions" not in text]
+    plain = {key: value for key, value in asked.items() if key not in ("views", "glare")}
+    flags = [part for key, value in plain.items() for part in (f"--{key.replace('_', '-')}", str(value))]
+    regions = ["glare.regions.min_side=1", "glare.regions.max_side=2"]
+    return ["pretrain", *flags, *more, *nested, *regions]
+
+
+def test_an_absurd_learning_rate_stops_the_run_with_a_remedy_that_works(
+    given: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = given("run", **ABSURD)
+    folder = asked["output"]
+    assert main(command(asked)) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    kept = checkpoints(folder)
+    assert kept and max(kept) < lines(folder)[-1]["step"] < 12
+    assert f"step {lines(folder)[-1]['step']}: collapsed: the standard deviation of its patch features is" in said
+    assert f"the last healthy checkpoint is {folder / 'checkpoints' / f'step_{kept[-1]:06d}'}" in said
+    assert "--resume --learning-rate 0.3 (now 1.5)" in said and "Traceback" not in said
+    assert not (folder / "model").exists()
+
+    assert main(command(asked, "--resume")) == 2, "the same settings come to the same end"
+    assert capsys.readouterr().err.splitlines()[-1] == said and checkpoints(folder) == kept
+    assert main(command({**asked, "momentum": 0.5}, "--resume")) == 2
+    assert "momentum was" in capsys.readouterr().err
+    assert main(command({**asked, "learning_rate": 0.01}, "--resume")) == 0
+    assert "resumed with another recipe: learning_rate was 1.5 and is 0.01" in capsys.readouterr().out
+    assert (folder / "model").exists() and len(lines(folder)) == 12
+    recipe = (folder / "recipe.yaml").read_text()
+    assert recipe.startswith(f"# after step {kept[-1]}: learning_rate was 1.5 and is 0.01\n")
+
+
+def test_before_the_first_checkpoint_the_remedy_begins_again(given: Callable[..., dict[str, Any]]) -> None:
+    asked = given("run", learning_rate=10.0)
+    with pytest.raises(UserError, match=r"step 1: collapsed: .*no checkpoint .* --resume --learning-rate 2 \(now 10\)"):
+        pretrain.run(asked)
+    folder = pretrain.run({**asked, "learning_rate": 0.01, "resume": True})
+    assert len(lines(folder)) == 6
+
+
+def test_on_request_it_only_warns(given: Callable[..., dict[str, Any]]) -> None:
+    with pytest.warns(UserWarning, match=r"collapsed: .*; the run goes on$") as caught:
+        folder = pretrain.run(given("run", learning_rate=10.0, on_unhealthy="warn"))
+    assert len([w for w in caught if "collapsed" in str(w.message)]) == 1
+    assert checkpoints(folder) == [4, 6] and (folder / "model").exists()
+
+
+def test_no_checkpoint_is_written_while_the_run_is_suspect(
+    given: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health_watch.alarms, "over_limit", lambda _, line: line["step"] in (4, 5))
+    assert checkpoints(pretrain.run(given("run", checkpoint_every=1))) == [3, 6]
+
+
+def test_gradients_that_are_not_finite_stop_the_run_before_a_checkpoint(
+    given: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = pretrain.measurements
+
+    def broken(*arguments: Any, steps: int) -> dict[str, float]:
+        values = real(*arguments, steps=steps)
+        return {**values, "grad_norm": float("nan")} if arguments[4] == 3 else values
+
+    monkeypatch.setattr(pretrain, "measurements", broken)
+    asked = given("run", on_unhealthy="warn")
+    with pytest.raises(UserError, match=r"step 4: not finite: grad_norm; the last healthy checkpoint is .*step_000002"):
+        pretrain.run(asked)
+    assert checkpoints(asked["output"]) == [2]
+
+
+def test_random_weights_are_no_reference_for_the_rank(
+    given: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    real = HealthCheck.measure
+
+    def fallen(self: HealthCheck, backbone: Any) -> dict[str, float]:
+        return {**real(self, backbone), "rankme_patches": self.untouched["rankme_patches"] / 3}
+
+    monkeypatch.setattr(HealthCheck, "measure", fallen)
+    folder = pretrain.run(given("scratch", backbone=str(tmp_path / "vit" / "config.json"), adapter="full"))
+    assert (folder / "model").exists()
+    with pytest.raises(UserError, match="collapsed"):
+        pretrain.run(given("run"))
+
+
+def prefer(step: int) -> Callable[[dict[str, float]], float]:
+    return lambda line: -abs(line["step"] - step)
+
+
+def test_the_checkpoint_of_the_best_score_is_kept_and_exported(
+    given: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health_watch, "score", prefer(2))
+    constant = {"momentum": 0.9, "momentum_end": 0.9, "freeze_last_layer_steps": 0}
+    folder = pretrain.run(given("run", steps=8, select="health", **constant))
+    assert checkpoints(folder) == [2, 6, 8]
+    assert json.loads((folder / "health.json").read_text())["exported_step"] == 2
+    exported, best = load_file(folder / "adapter" / "adapter_model.safetensors"), weights(folder, 2)
+    ups = [value for name, value in best.items() if name.startswith("student.") and "uniadapter_up" in name]
+    saved = [value for name, value in exported.items() if "uniadapter_up" in name]
+    assert len(ups) == len(saved) > 0
+    assert all(any(torch.equal(one, other) for other in ups) for one in saved)
+    again = pretrain.run(given("run", steps=10, select="health", resume=True, **constant))
+    assert checkpoints(again) == [2, 8, 10]
+    assert json.loads((again / "health.json").read_text())["exported_step"] == 2
+
+
+def test_a_run_ends_early_where_nothing_gets_better(
+    given: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score = prefer(2)
+    monkeypatch.setattr(health_watch, "score", lambda line: score(line) if set(line) >= CHECKS else None)
+    folder = pretrain.run(given("run", steps=20, patience=4))
+    assert len(lines(folder)) == 6 and checkpoints(folder) == [4, 6]
+    health = json.loads((folder / "health.json").read_text())
+    assert (health["exported_step"], health["last_step"]) == (6, 6)
+    assert json.loads((folder / "price.json").read_text())["steps"] == 6
+    assert len(lines(pretrain.run(given("run", steps=20, patience=4, resume=True)))) == 6

@@ -15,7 +15,6 @@ from accelerate.utils import broadcast_object_list
 
 from glare import alarms
 from glare.alarms import CHECKED, EARLY_LINES, IN_A_ROW, Line
-from glare.errors import UserError
 from glare.health_check import HealthCheck
 from glare.run_folder import RunFolder, atomic_write_json
 from glare.student import Student
@@ -51,7 +50,7 @@ class HealthWatch:
 
     ``healthy``: the last line gave no cause for concern, so a checkpoint may be written. ``enough``: the run is to end
     early, the same on all processes. ``latest``: the values of the last check. ``best``: (step, score) of the
-    checkpoint that scores best so far.
+    check that scores best so far.
     """
 
     def __init__(
@@ -79,8 +78,7 @@ class HealthWatch:
             kept = folder.checkpoint_steps()
             for line in folder.lines():
                 self._remember(line)
-                if line["step"] in kept:
-                    self._consider(line)
+                self._consider(line, saved=line["step"] in kept)
                 if CHECKED[0] in line:
                     self.checked = int(line["step"])
         self._end_early(start)
@@ -97,10 +95,10 @@ class HealthWatch:
         self.latest = self.check.measure(student.backbone)
         return self.latest
 
-    def judge(self, line: Line, folder: RunFolder, *, saves: bool) -> None:
-        """What follows from the newest line: nothing, a warning, or the end of the run.
+    def judge(self, line: Line, folder: RunFolder, *, saves: bool) -> str | None:
+        """What follows from the newest line: nothing, a warning, or, on all processes alike, why the run stops.
 
-        Raises UserError with the cause, the step, the remedy and the last healthy checkpoint, on all processes.
+        That is the cause, the step, the last healthy checkpoint and the remedy.
         """
         cause = None
         if self.check is not None:
@@ -108,18 +106,18 @@ class HealthWatch:
             cause = self._cause(line)
             warn_only = self.settings.on_unhealthy == "warn"
             self.healthy = warn_only or not (cause or alarms.over_limit(self.early, line))
-            if saves and self.healthy:
-                self._consider(line)
+            self._consider(line, saved=saves and self.healthy)
         (cause,) = broadcast_object_list([cause])
+        self._end_early(int(line["step"]))
         if cause is None:
-            self._end_early(int(line["step"]))
-            return
+            return None
         kind = cause.partition(":")[0]
         if self.settings.on_unhealthy == "stop" or kind == "not finite":
-            raise UserError(f"step {line['step']:.0f}: {cause}; {self._remedy(folder)}")
-        if kind not in self.warned and self.accelerator.is_main_process:
+            return f"step {line['step']:.0f}: {cause}; {self._remedy(folder)}"
+        if kind not in self.warned and self.check is not None:
             self.warned.add(kind)
             warnings.warn(f"step {line['step']:.0f}: {cause}; the run goes on", stacklevel=2)
+        return None
 
     def _remember(self, line: Line) -> None:
         if len(self.early) < EARLY_LINES:
@@ -154,10 +152,12 @@ class HealthWatch:
             "--resume --on-unhealthy warn to go on as it is"
         )
 
-    def _consider(self, line: Line) -> None:
-        """A checkpoint that may be the one to export."""
+    def _consider(self, line: Line, *, saved: bool) -> None:
+        """Whether a line with a check is the best so far; what is to be exported has to have its checkpoint."""
         found = score(line)
-        if found is not None and (self.best is None or found > self.best[1]):
+        if found is None or not (saved or self.settings.select == "last"):
+            return
+        if self.best is None or found > self.best[1]:
             self.best = int(line["step"]), found
 
     def _end_early(self, done: int) -> None:

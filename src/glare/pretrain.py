@@ -192,7 +192,10 @@ def run(given: Mapping[str, Any]) -> Path:
             folder.log(done, **values)
             accelerator.log(values, step=done)
             bar.set_postfix_str(progress_text({**watch.latest, **values}, watch.untouched))
-            watch.judge({"step": done, **values}, folder, saves=saves)
+            trouble = watch.judge({"step": done, **values}, folder, saves=saves)
+            if trouble is not None:
+                bar.close()
+                raise UserError(trouble)
             clock, logged = Clock(), done
         if saves and watch.healthy:
             folder.write_checkpoint(done, state.tensors(), {"seconds": meter.seconds}, protected=watch.protected())
