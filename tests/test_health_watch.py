@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
 from test_no_class_token import tiny_ijepa
@@ -71,7 +72,8 @@ def test_a_watched_run_ends_with_the_same_bits(
     watched = pretrain.run(given("watched", **asked))
     assert [line["step"] for line in lines(watched) if set(line) >= CHECKS] == [1, 2, 4, 6]
     assert set(lines(watched)[2]) & CHECKS == set()
-    monkeypatch.setattr(HealthCheck, "of", lambda *_: HealthCheck(torch.empty(1, 0), torch.empty(0), {}, None))
+    nothing = HealthCheck(torch.empty(1, 0), torch.empty(0), dict.fromkeys(CHECKED, 1.0), Accelerator(cpu=True))
+    monkeypatch.setattr(HealthCheck, "of", lambda *_: nothing)
     monkeypatch.setattr(health_watch.HealthWatch, "measure", lambda *_, **__: {})
     alone = pretrain.run(given("alone", **asked))
     assert not any(CHECKS & set(line) for line in lines(alone))
@@ -132,7 +134,7 @@ def test_an_absurd_learning_rate_stops_the_run_with_a_remedy_that_works(
     said = capsys.readouterr().err.splitlines()[-1]
     kept = checkpoints(folder)
     assert kept and max(kept) < lines(folder)[-1]["step"] < 12
-    assert f"step {lines(folder)[-1]['step']}: collapsed: the standard deviation of its patch features is" in said
+    assert f"step {lines(folder)[-1]['step']}: collapsed: the effective rank of its patch features is" in said
     assert f"the last healthy checkpoint is {folder / 'checkpoints' / f'step_{kept[-1]:06d}'}" in said
     assert "--resume --learning-rate 0.3 (now 1.5)" in said and "Traceback" not in said
     assert not (folder / "model").exists()

@@ -206,8 +206,8 @@ def run(given: Mapping[str, Any]) -> Path:
         exported = watch.chosen(done)
         if exported != done:
             state.restore(folder.checkpoint(exported).tensors)
-        save(model, state, recipe, folder, normalise)
         watch.write(folder, exported=exported, last=done)
+        save(model, state, recipe, folder, normalise)
         meter.write(folder, model, seconds=seconds, steps=done, images=len(packed.names))
         write_card(folder.path)
     return folder.path
