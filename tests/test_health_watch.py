@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from glare.alarms import CHECKED
 from glare.cli import main
 from glare.errors import UserError
 from glare.health_check import HealthCheck
+from glare.objectives.base import Terms
+from glare.pretrain_plan import Plan
+from glare.pretrain_step import require_finite
 
 SMALL: dict[str, Any] = {
     "steps": 6,
@@ -236,3 +240,35 @@ def test_a_run_ends_early_where_nothing_gets_better(
     assert (health["exported_step"], health["last_step"]) == (6, 6)
     assert json.loads((folder / "price.json").read_text())["steps"] == 6
     assert len(lines(pretrain.run(given("run", steps=20, patience=4, resume=True)))) == 6
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"patience": 0}, r"patience is 0; give the number of steps, at least 1"),
+        ({"select": "health", "checkpoint_every": 6}, r"a run of 6 steps writes one; give --checkpoint-every 1"),
+        ({"on_unhealthy": "sleep"}, r"on_unhealthy"),
+    ],
+)
+def test_mistakes_are_said_and_leave_nothing(
+    given: Callable[..., dict[str, Any]], change: dict[str, Any], message: str
+) -> None:
+    asked = given("run", **change)
+    with pytest.raises(UserError, match=message):
+        pretrain.run(asked)
+    assert not asked["output"].exists()
+
+
+def test_a_loss_that_is_not_finite_elsewhere_stops_every_process() -> None:
+    class TwoProcesses:
+        num_processes = 2
+
+        def reduce(self, own: torch.Tensor, *, reduction: str) -> torch.Tensor:
+            assert reduction == "sum"
+            return own + torch.tensor([0.0, 1.0])
+
+    terms = Terms({"glob": torch.tensor(1.0), "reg": torch.tensor(2.0)})
+    recipe = pretrain.PretrainRecipe(backbone="", data="", output=Path())
+    plan = replace(Plan.of(recipe), learning_rate=0.1)
+    with pytest.raises(UserError, match=r"nan or infinite on another process at step 8 \(terms: reg\); lower learning"):
+        require_finite(terms, plan, TwoProcesses(), step=7)  # type: ignore[arg-type]

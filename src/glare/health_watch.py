@@ -186,5 +186,9 @@ class HealthWatch:
 
 
 def score(line: Line) -> float | None:
-    """What ``select`` health and ``patience`` go by, the larger the better; None for a line without a check."""
+    """What ``select`` health and ``patience`` go by, the larger the better; None for a line without a check.
+
+    The effective rank of the patches: RankMe (Garrido et al. 2023) orders whole pre-training runs by it. Within the
+    short adaptations of ``training/RESULTS.md`` it was no reliable guide, and nothing else tried there was a better one.
+    """
     return line.get("rankme_patches")

@@ -88,9 +88,12 @@ class PretrainRecipe:
         "stop", "what to do when features collapse or the loss diverges", choices=("stop", "warn")
     )
     select: str = option(
-        "last", "which checkpoint to save as the model, the last or the healthiest", choices=("last", "health")
+        "last",
+        "what becomes the model: the last step, or the checkpoint whose patches have the largest effective rank, which "
+        "was no reliable guide where it was measured",
+        choices=("last", "health"),
     )
-    patience: int | None = option(None, "end early after so many steps without a healthier checkpoint")
+    patience: int | None = option(None, "end early after so many steps in which that rank did not rise")
     num_workers: int | None = option(None, "threads that decode images; one a core where not given")
     report_to: str = option("tensorboard", "trackers besides metrics.jsonl", choices=TRACKERS)
     resume: bool = option(False, "go on from the last checkpoint of the output folder")
@@ -239,6 +242,13 @@ def resolve(
         raise UserError(
             f"anchor {recipe.anchor} needs the backbone without adapters, which adapter {recipe.adapter!r} changes; "
             "give --adapter uniadapter or lora, or leave anchor out"
+        )
+    if recipe.patience is not None and recipe.patience < 1:
+        raise UserError(f"patience is {recipe.patience}; give the number of steps, at least 1, or leave it out")
+    if recipe.select == "health" and recipe.checkpoint_every >= steps:
+        raise UserError(
+            f"select health chooses among checkpoints, and with checkpoint_every {recipe.checkpoint_every} a run of "
+            f"{steps} steps writes one; give --checkpoint-every {max(1, steps // 6)}"
         )
     for name, size in (("global_size", recipe.views.global_size), ("local_size", recipe.views.local_size)):
         if size % patch_size:
