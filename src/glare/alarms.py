@@ -1,4 +1,4 @@
-"""When a pre-training run is in trouble: pure functions of what its log holds, each with its limit and its remedy.
+"""When a pre-training run is in trouble: pure functions of what its log holds, each with its limit.
 
 Every alarm gives the cause with the measured value against its limit, or None. A single line proves nothing, as the
 loss follows the draw of the patches, so what is read from losses has to hold for some lines in a row; the features of
@@ -18,11 +18,11 @@ Line = Mapping[str, float]
 
 EARLY_LINES = 3  # whose largest value is what a run began with; short runs have six lines in all
 IN_A_ROW = 3  # lines over a limit
-LOSS_LIMIT = 2.0  # times the early level: a cross-entropy begins near log K and only confident mistakes exceed that
+LOSS_LIMIT = 2.0  # times the early level: entropies begin near log K, which only confident mistakes exceed by far
 GRADIENT_LIMIT = 100.0  # times the early level: a head at log K has tiny gradients, which grow tenfold when it learns
 LIMITS = {"loss": LOSS_LIMIT, "grad_norm": GRADIENT_LIMIT}
-SAME_TARGETS = 0.01  # nats by which the entropy of the mean target exceeds the mean entropy; healthy runs: 0.03 to 3
-PEAKED = 0.5  # of log K: nearly uniform targets are the same for all images, too
+SAME_TARGETS = 0.01  # nats by which the entropy of the mean target exceeds the mean entropy
+PEAKED = 0.5  # of log K: nearly uniform targets come as close to each other in healthy runs, too
 SOME_IMAGES = 4  # of a line; fewer may well show the same thing
 FROM_SCRATCH = 0.1  # of the value at random weights: a healthy run fell to a third of it before it rose
 NAMES = {"loss": "loss", "grad_norm": "gradient norm"}

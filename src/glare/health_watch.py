@@ -20,7 +20,7 @@ from glare.run_folder import RunFolder, atomic_write_json
 from glare.student import Student
 
 FILE = "health.json"
-CHECK_EVERY = 25  # steps: a check takes a quarter of a step, so 1 % of the time
+CHECK_EVERY = 25  # steps: a check took 0.19 of a step (ViT-S/14, batch 8, one core), so 1 % of the time
 LOWER = 5  # what a learning rate is divided by in a remedy
 MAY_DIFFER_ON_RESUME = frozenset(
     {"clip", "learning_rate", "min_learning_rate", "on_unhealthy", "patience", "precision", "select"}
@@ -189,6 +189,6 @@ def score(line: Line) -> float | None:
     """What ``select`` health and ``patience`` go by, the larger the better; None for a line without a check.
 
     The effective rank of the patches: RankMe (Garrido et al. 2023) orders whole pre-training runs by it. Within the
-    short adaptations of ``training/RESULTS.md`` it was no reliable guide, and nothing else tried there was a better one.
+    short adaptations of ``training/RESULTS.md`` it was no reliable guide, nor was anything else tried there.
     """
     return line.get("rankme_patches")
