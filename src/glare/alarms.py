@@ -18,8 +18,8 @@ Line = Mapping[str, float]
 
 EARLY_LINES = 3  # whose largest value is what a run began with; short runs have six lines in all
 IN_A_ROW = 3  # lines over a limit
-LOSS_LIMIT = 2.0  # times the early level: entropies begin near log K, which only confident mistakes exceed by far
-GRADIENT_LIMIT = 100.0  # times the early level: a head at log K has tiny gradients, which grow tenfold when it learns
+LOSS_LIMIT = 2.0  # times the early level: healthy runs stay below 1.05, log K bounds all but confident mistakes
+GRADIENT_LIMIT = 100.0  # times the early level: healthy runs on trained weights stay below 3; a head that wakes, not
 LIMITS = {"loss": LOSS_LIMIT, "grad_norm": GRADIENT_LIMIT}
 SAME_TARGETS = 0.01  # nats by which the entropy of the mean target exceeds the mean entropy
 PEAKED = 0.5  # of log K: nearly uniform targets come as close to each other in healthy runs, too
