@@ -283,7 +283,7 @@ def test_labelled_crops(resident: bool, data: LabelledSet, monkeypatch: pytest.M
         same(batches[1], batches[0])
 
 
-def fine_tuned(head: str, data: LabelledSet, device: torch.device, folder: Path) -> SegmenterState:
+def fine_tuned(head: str, device: torch.device, folder: Path) -> SegmenterState:
     """Some steps on random images."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(4, 3, 16, 16, generator=generator).to(device)
@@ -306,7 +306,7 @@ def test_steps_of_fine_tuning_and_evaluation(head: str, data: LabelledSet, tmp_p
     with other_device():
         ends, maps, counts = [], [], []
         for device in places():
-            state = fine_tuned(head, data, device, tmp_path)
+            state = fine_tuned(head, device, tmp_path)
             state.restore({name: values(value).clone() for name, value in state.tensors().items()})
             ends.append(state.tensors())
             maps.append({"logits": logits(state.segmenter, pixels, **settings)})

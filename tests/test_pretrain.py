@@ -97,6 +97,7 @@ def test_only_adapters_and_heads_move(given: Callable[..., dict[str, Any]], vit:
         "model",
         "adapter",
         "report",
+        "health.json",
         "price.json",
     }
 

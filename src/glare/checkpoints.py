@@ -9,7 +9,7 @@ import hashlib
 import json
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,15 +103,16 @@ def latest(run: Path) -> Checkpoint | None:
     return None
 
 
-def prune(run: Path, step: int, keep: int) -> None:
-    """Remove all checkpoints but that of ``step`` and the ``keep`` - 1 before it.
+def prune(run: Path, step: int, keep: int, protected: Collection[int] = ()) -> None:
+    """Remove all checkpoints but that of ``step``, the ``keep`` - 1 before it and those of ``protected`` steps.
 
     Later ones go, too: a run only comes to write an earlier step where they could not be used.
     """
     earlier = [folder for folder in folders(run) if step_of(folder) < step]
     later = [folder for folder in folders(run) if step_of(folder) > step]
     for folder in (*earlier[keep - 1 :], *later):
-        remove(folder)
+        if step_of(folder) not in protected:
+            remove(folder)
 
 
 def remove(folder: Path) -> None:

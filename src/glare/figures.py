@@ -1,5 +1,6 @@
 """Pictures of label maps, beside their images, and of training curves; drawn with Pillow alone."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -34,6 +35,14 @@ LINES: tuple[Colour, ...] = (
     (176, 138, 10),
     (70, 160, 190),
 )
+HEALTH = {
+    "rankme_patches": "RankMe of patches",
+    "rankme_cls": "RankMe of [CLS]",
+    "feature_std": "standard deviation",
+    "cosine_to_base": "cosine",
+}
+"""Value of a health check -> its name in a picture."""
+
 SMOOTHING = 0.04  # share of the lines of a log that a curve averages over
 SUPERSAMPLING = 3  # of lines, which Pillow draws without antialiasing
 
@@ -206,6 +215,26 @@ def loss_curves(metrics: Path, *, size: tuple[int, int] = (900, 480)) -> Image.I
     curves = read_losses(metrics)
     if not curves:
         raise UserError(f"{metrics} has no losses to draw; give the metrics.jsonl of a run")
+    named = {name.removeprefix("loss_"): points for name, points in curves.items()}
+    return curves_picture(named, label="loss", size=size)
+
+
+def health_curves(metrics: Path, untouched: Mapping[str, float], *, size: tuple[int, int] = (900, 480)) -> Image.Image:
+    """Checks of a run's health against steps, as shares of the ``untouched`` model's values, which is 1 throughout.
+
+    That shares the axis with the mean cosine of its patches to those of the untouched model.
+    """
+    curves = read_curves(metrics)
+    named = {
+        title: [(0.0, 1.0), *((step, value / untouched[name]) for step, value in curves.get(name, ()))]
+        for name, title in HEALTH.items()
+        if untouched[name]
+    }
+    return curves_picture(named, label="share of the untouched model's value", size=size)
+
+
+def curves_picture(curves: Mapping[str, Sequence[Point]], *, label: str, size: tuple[int, int]) -> Image.Image:
+    """Values against steps by name, with axes and a legend; ``label`` is that of the upright axis."""
     everything = [point for points in curves.values() for point in points]
     steps, values = ([point[axis] for point in everything] for axis in (0, 1))
     x_ticks, y_ticks = ticks(0, max(steps)), ticks(min(0.0, *values), _robust_top(values))
@@ -213,7 +242,7 @@ def loss_curves(metrics: Path, *, size: tuple[int, int] = (900, 480)) -> Image.I
     canvas = Image.new("RGB", size, PAPER)
     bounds = ((x_ticks[0], max(steps)), (y_ticks[0], y_ticks[-1]))
     _axes(ImageDraw.Draw(canvas), frame, bounds, (x_ticks, y_ticks))
-    name = _upwards("loss", frame[3], size=TEXT, colour=INK)
+    name = _upwards(label, frame[3], size=TEXT, colour=INK)
     canvas.paste(name, (MARGIN - 6, (frame[1] + frame[3] - name.height) // 2))
     layer = Image.new("RGBA", (size[0] * SUPERSAMPLING, size[1] * SUPERSAMPLING), (*PAPER, 0))
     colours = [LINES[i % len(LINES)] for i in range(len(curves))]
@@ -223,15 +252,20 @@ def loss_curves(metrics: Path, *, size: tuple[int, int] = (900, 480)) -> Image.I
             _curve(layer, drawn, colour, pale=pale)
     layer = layer.resize(size, Image.Resampling.LANCZOS).crop((0, frame[1] - 4, *size))
     canvas.paste(layer, (0, frame[1] - 4), layer)
-    names = dict(zip((name.removeprefix("loss_") for name in curves), colours, strict=True))
+    names = dict(zip(curves, colours, strict=True))
     canvas.paste(legend(names, width=frame[2] - frame[0]), (frame[0] - GAP, MARGIN - GAP))
     return canvas
 
 
 def write_report(folder: RunFolder) -> None:
-    """Write the pictures of a run: ``report/loss.png``."""
+    """Write the pictures of a run: ``report/loss.png``, and ``report/health.png`` where its health was checked."""
+    metrics, health = folder.path / "metrics.jsonl", folder.path / "health.json"
     with folder.publish("report") as path:
-        loss_curves(folder.path / "metrics.jsonl").save(path / "loss.png")
+        loss_curves(metrics).save(path / "loss.png")
+        if health.is_file():
+            health_curves(metrics, json.loads(health.read_text(encoding="utf-8"))["untouched"]).save(
+                path / "health.png"
+            )
 
 
 def read_losses(metrics: Path) -> dict[str, list[Point]]:

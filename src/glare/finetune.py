@@ -159,7 +159,7 @@ def run(signals: Signals, recipe: FinetuneRecipe, *, train: LabelledSet | None =
 
     # run folder, resume
     folder = RunFolder.create(recipe.output, resume=recipe.resume, write=accelerator.is_main_process)
-    start, checkpoint = 0, folder.begin(recipe)
+    start, (checkpoint, _) = 0, folder.begin(recipe)
     accelerator.init_trackers("")
     if checkpoint is not None:
         start = checkpoint.step

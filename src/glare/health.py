@@ -39,15 +39,16 @@ def mean_cosine(a: Tensor, b: Tensor) -> float:
     return torch.cat([F.cosine_similarity(x.float(), y.float(), dim=1) for x, y in pairs]).mean().item()
 
 
-def collapse(ours: Health, untouched: Health) -> str | None:
-    """Why the features have collapsed, in words: effective rank or deviation below half of the untouched model's."""
+def collapse(ours: Health, untouched: Health, *, share: float = COLLAPSED) -> str | None:
+    """Why features have collapsed, in words: effective rank or deviation below ``share`` of the untouched model's."""
+    limit = "half" if share == COLLAPSED else f"{share:.0%}"
     for name, value, reference in (
         ("effective rank", ours.rankme, untouched.rankme),
         ("standard deviation", ours.std, untouched.std),
     ):
-        if not value >= COLLAPSED * reference:  # also where it is not a number
+        if not value >= share * reference:  # also where it is not a number
             return (
                 f"the {name} of its patch features is {value:.3g}, "
-                f"less than half of the untouched model's {reference:.3g}"
+                f"less than {limit} of the untouched model's {reference:.3g}"
             )
     return None

@@ -20,6 +20,8 @@ from glare.disk_space import room_for
 from glare.draws import Draws
 from glare.errors import UserError
 from glare.figures import write_report
+from glare.health_check import HealthCheck, check_views
+from glare.health_watch import MAY_DIFFER_ON_RESUME, HealthWatch, WatchSettings
 from glare.model_card import write_card
 from glare.modeling_glare import GlareModel
 from glare.objectives.glare import GlareObjective, GlareSettings
@@ -101,6 +103,16 @@ class PretrainRecipe:
     checkpoint_every: int = option(100, "steps between checkpoints")
     keep_checkpoints: int = option(2, "how many of the last checkpoints stay; one more has to fit on the disk")
     log_every: int = option(10, "steps between lines of metrics.jsonl")
+    on_unhealthy: str = option(
+        "stop", "what to do when features collapse or the loss diverges", choices=("stop", "warn")
+    )
+    select: str = option(
+        "last",
+        "what becomes the model: the last step, or the checkpoint whose patches have the largest effective rank, which "
+        "was no reliable guide where it was measured",
+        choices=("last", "health"),
+    )
+    patience: int | None = option(None, "end early after so many steps in which that rank did not rise")
     num_workers: int | None = option(None, "threads that decode images; one a core where not given")
     report_to: str = option("tensorboard", "trackers besides metrics.jsonl", choices=TRACKERS)
     resume: bool = option(False, "go on from the last checkpoint of the output folder")
@@ -162,27 +174,33 @@ def run(signals: Signals, given: Mapping[str, Any]) -> Path:
     if recipe.compile:
         student.compile_blocks()
         teacher.compile_blocks()
+    watch = make_watch(student, packed.images, recipe, accelerator, normalise)
     wrapped, optimizer = prepare(student, teacher, recipe, accelerator)
     state = TrainState(student, teacher, optimizer)
 
     # run folder, resume
     folder = RunFolder.create(recipe.output, resume=recipe.resume, write=accelerator.is_main_process)
-    checkpoint = folder.begin(recipe)
+    checkpoint, changes = folder.begin(recipe, may_differ=MAY_DIFFER_ON_RESUME)
+    for change in changes:
+        accelerator.print(f"resumed with another recipe: {change}")
     accelerator.init_trackers("")
     start = 0
     if checkpoint is not None:
         state.restore(checkpoint.tensors)
         restore_scaler(accelerator, checkpoint.state.get("scaler"))
         start, meter.earlier = checkpoint.step, checkpoint.state.get("seconds", math.nan)
+    watch.resume(folder, start)
 
     # the loop
     fitting = fits(packed.images.pixels.nbytes, accelerator.device)
     images = packed.images.to(accelerator.device) if fitting else packed.images
     batches = epoch_batches(len(packed.names), plan.batch_size, seed=recipe.seed, start=start)
-    clock = Clock()
+    clock, done, logged = Clock(), start, start
     bar = tqdm(total=plan.steps, initial=start, desc="pretrain", disable=not accelerator.is_main_process)
     signals.hold(folder.path, bar)
     for step, batch in zip(range(start, plan.steps), batches, strict=False):
+        if watch.enough:
+            break
         with clock.measure("data"):
             views = cut_views(
                 images,
@@ -196,18 +214,24 @@ def run(signals: Signals, given: Mapping[str, Any]) -> Path:
             )
         for group in optimizer.param_groups:
             group["lr"] = plan.learning_rate_at(step)
-        terms, grad_norm = train_step(state, wrapped, views, plan, accelerator, step=step, clock=clock)
+        terms, grad_norms = train_step(state, wrapped, views, plan, accelerator, step=step, clock=clock)
         bar.update()
-        if (step + 1) % recipe.log_every == 0 or step + 1 == plan.steps:
-            values = measurements(terms, grad_norm, plan, step, clock, log_every=recipe.log_every)
-            folder.log(step + 1, **values)
-            accelerator.log(values, step=step + 1)
-            bar.set_postfix_str(progress_text(values))
-            clock = Clock()
-        stopping = signals.asked(accelerator)
-        if stopping or (step + 1) % recipe.checkpoint_every == 0 or step + 1 == plan.steps:
-            others = {"seconds": meter.seconds, "scaler": scaler_state(accelerator)}
-            folder.write_checkpoint(step + 1, state.tensors(), others, keep=recipe.keep_checkpoints)
+        done, stopping = step + 1, signals.asked(accelerator)
+        saves = done % recipe.checkpoint_every == 0 or done == plan.steps
+        if saves or done % recipe.log_every == 0:
+            values = measurements(terms, grad_norms, student.objective, plan, step, clock, steps=done - logged)
+            values |= watch.measure(student, done, saves=saves)
+            folder.log(done, **values)
+            accelerator.log(values, step=done)
+            bar.set_postfix_str(progress_text({**watch.latest, **values}, watch.untouched))
+            trouble = watch.judge({"step": done, **values}, folder, saves=saves)
+            if trouble is not None:
+                bar.close()
+                raise UserError(trouble)
+            clock, logged = Clock(), done
+        if (saves or stopping) and watch.healthy:
+            others, keep = {"seconds": meter.seconds, "scaler": scaler_state(accelerator)}, recipe.keep_checkpoints
+            folder.write_checkpoint(done, state.tensors(), others, keep=keep, protected=watch.protected())
         if stopping:
             break
     bar.close()
@@ -216,8 +240,12 @@ def run(signals: Signals, given: Mapping[str, Any]) -> Path:
     accelerator.end_training()
     seconds = meter.seconds
     if accelerator.is_main_process:
+        exported = watch.chosen(done)
+        if exported != done:
+            state.restore(folder.checkpoint(exported).tensors)
+        watch.write(folder, exported=exported, last=done)
         save(model, state, recipe, folder, normalise)
-        meter.write(folder, model, seconds=seconds, steps=plan.steps, images=len(packed.names))
+        meter.write(folder, model, seconds=seconds, steps=done, images=len(packed.names))
         write_card(folder.path)
     return folder.path
 
@@ -244,6 +272,13 @@ def resolve(
         raise UserError(
             f"anchor {recipe.anchor} needs the backbone without adapters, which adapter {recipe.adapter!r} changes; "
             "give --adapter uniadapter or lora, or leave anchor out"
+        )
+    if recipe.patience is not None and recipe.patience < 1:
+        raise UserError(f"patience is {recipe.patience}; give the number of steps, at least 1, or leave it out")
+    if recipe.select == "health" and recipe.checkpoint_every >= steps:
+        raise UserError(
+            f"select health chooses among checkpoints, and with checkpoint_every {recipe.checkpoint_every} a run of "
+            f"{steps} steps writes one; give --checkpoint-every {max(1, steps // 6)}"
         )
     for name, size in (("global_size", recipe.views.global_size), ("local_size", recipe.views.local_size)):
         if size % patch_size:
@@ -274,6 +309,20 @@ def prepare(
         return student, accelerator.prepare(make_optimizer(student, recipe.weight_decay))
     wrapped, optimizer = accelerator.prepare(student, make_optimizer(student, recipe.weight_decay))
     return wrapped, optimizer
+
+
+def make_watch(
+    student: Student, images: PackedImages, recipe: PretrainRecipe, accelerator: Accelerator, normalise: Normalisation
+) -> HealthWatch:
+    """The watch of a run, before its first step; checks are the main process's where it has the blocks whole."""
+    check = None
+    if accelerator.is_main_process or recipe.shard:
+        passes = accelerator.num_processes * recipe.gradient_accumulation_steps
+        batch_size, size = recipe.batch_size // passes, recipe.views.global_size
+        views = check_views(images, batch_size=batch_size, size=size, seed=recipe.seed, normalise=normalise)
+        check = HealthCheck.of(student.backbone, views.to(accelerator.device), accelerator)
+    prototypes = len(student.objective.head.last_layer.weight_g)
+    return HealthWatch(WatchSettings.of(recipe), check, accelerator, prototypes=prototypes)
 
 
 def fit_head(

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from glare.data.cache import Packed
 from glare.objectives.base import Terms
@@ -25,15 +25,23 @@ def describe(plan: Plan, packed: Packed, derived: Mapping[str, Any]) -> str:
 
 
 def measurements(
-    terms: Terms, grad_norm: Tensor, plan: Plan, step: int, clock: Clock, *, log_every: int
+    terms: Terms,
+    grad_norms: Mapping[str, Tensor],
+    objective: nn.Module,
+    plan: Plan,
+    step: int,
+    clock: Clock,
+    *,
+    steps: int,
 ) -> dict[str, float]:
-    """One line of the log: this step's terms and health, and the speed since the last line."""
-    steps = step % log_every + 1
+    """One line of the log: this step's terms and health, and the speed over the ``steps`` since the last line."""
+    centres = {name: value.norm() for name, value in objective.named_buffers() if name.startswith("centre_")}
     return {
         "loss": terms.total.item(),
         **{f"loss_{name}": value.item() for name, value in terms.losses.items()},
         **{name: value.item() for name, value in terms.health.items()},
-        "grad_norm": grad_norm.item(),
+        **{name.replace("centre_", "centre_norm_"): value.item() for name, value in centres.items()},
+        **{name: value.item() for name, value in grad_norms.items()},
         "learning_rate": plan.learning_rate_at(step),
         "teacher_momentum": plan.momentum_at(step),
         "images_per_second": steps * plan.batch_size / clock.elapsed,
@@ -41,7 +49,12 @@ def measurements(
     }
 
 
-def progress_text(values: Mapping[str, float]) -> str:
-    """Behind the progress bar."""
+def progress_text(values: Mapping[str, float], untouched: Mapping[str, float]) -> str:
+    """Behind the progress bar; ``values`` with those of the last health check, ``untouched`` of the one before."""
     terms = " ".join(f"{key.removeprefix('loss_')} {value:.2f}" for key, value in values.items() if "loss_" in key)
-    return f"{terms} | {values['images_per_second']:.1f} images/s, {values['data_wait']:.0%} waiting for data"
+    health = ""
+    if "rankme_patches" in values:
+        rank, base = values["rankme_patches"], untouched["rankme_patches"]
+        health = f" | RankMe {rank:.0f} of {base:.0f}, cosine {values['cosine_to_base']:.2f}"
+    speed = f"{values['images_per_second']:.1f} images/s, {values['data_wait']:.0%} waiting for data"
+    return f"{terms}{health} | {speed}"

@@ -19,7 +19,7 @@ from glare.runtime import Clock
 from glare.sharding import average_whole, is_sharded
 from glare.shares import added_up, draws_of, passes
 from glare.teacher import update_teacher
-from glare.train_state import TrainState, clip_each
+from glare.train_state import TrainState, clip_parts
 from glare.views import Normalisation, ViewConfig, Views, make_views
 
 VIEWS, OBJECTIVE = 1, 2
@@ -54,11 +54,11 @@ def train_step(
     *,
     step: int,
     clock: Clock,
-) -> tuple[Terms, Tensor]:
+) -> tuple[Terms, dict[str, Tensor]]:
     """One optimizer step, then the teacher and the centres follow. Raises UserError when the loss is not finite.
 
-    ``views`` are this process's share. Returns the terms of the whole batch, without gradient, and the gradient norm.
-    ``clock`` gets the parts "teacher", "student" (with heads and losses), "backward" and "update".
+    ``views`` are this process's share. Returns the terms of the whole batch, without gradient, and the gradient norms
+    of ``clip_parts``. ``clock`` gets the parts "teacher", "student" (with heads and losses), "backward" and "update".
     """
     processes = accelerator.num_processes
     with clock.measure("teacher"), accelerator.autocast():
@@ -86,8 +86,8 @@ def train_step(
     with clock.measure("update"):
         whole = terms_of_batch(parts, accelerator)
         check_finite(whole, plan, step=step)
-        grad_norm = update(state, whole, plan, accelerator, step=step)
-    return whole, grad_norm
+        grad_norms = update(state, whole, plan, accelerator, step=step)
+    return whole, grad_norms
 
 
 def check_finite(terms: Terms, plan: Plan, *, step: int) -> None:
@@ -101,13 +101,13 @@ def check_finite(terms: Terms, plan: Plan, *, step: int) -> None:
         )
 
 
-def update(state: TrainState, terms: Terms, plan: Plan, accelerator: Accelerator, *, step: int) -> Tensor:
-    """What follows from the gradients: student, teacher, centres. Returns the norm of all gradients."""
+def update(state: TrainState, terms: Terms, plan: Plan, accelerator: Accelerator, *, step: int) -> dict[str, Tensor]:
+    """What follows from the gradients: student, teacher, centres. Returns the norms of the gradients."""
     student = state.student
     accelerator.unscale_gradients(state.optimizer)
     if is_sharded(student):
         average_whole(list(student.parameters()), accelerator)
-    grad_norm = clip_each([p for p in student.parameters() if p.grad is not None], plan.clip)
+    grad_norms = clip_parts(student, plan.clip)
     if step < plan.freeze_last_layer_steps:
         student.objective.head.last_layer.zero_grad()
     if step < plan.head_warmup_steps:
@@ -116,7 +116,7 @@ def update(state: TrainState, terms: Terms, plan: Plan, accelerator: Accelerator
     state.optimizer.zero_grad()
     update_teacher(state.teacher, student, plan.momentum_at(step))
     student.objective.update(terms.batch_sums)
-    return grad_norm
+    return grad_norms
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,22 +82,29 @@ class RunFolder:
                 _sync(path.parent)
         return cls(path, write=write)
 
-    def begin(self, recipe: "DataclassInstance") -> Checkpoint | None:
-        """Write ``recipe.yaml`` and return the checkpoint to go on from, None where there is none.
+    def begin(
+        self, recipe: "DataclassInstance", *, may_differ: frozenset[str] = frozenset()
+    ) -> tuple[Checkpoint | None, list[str]]:
+        """Write ``recipe.yaml``; return the checkpoint to go on from, None where there is none, and what is different.
 
-        In a resumed folder, what a killed run was writing goes, and the metrics are brought back to the checkpoint.
-        Raises UserError, with nothing changed, where the run was made with other values of keys that matter, or has
+        That is what changed of the keys ``may_differ``, which stands as comments above the recipe, too. In a resumed
+        folder, what a killed run was writing goes, and the metrics are brought back to the checkpoint. Raises
+        UserError, with nothing changed, where the run was made with other values of other keys that matter, or has
         checkpoints of which none is usable.
         """
         file = self.path / "recipe.yaml"
+        changes, comments = [], ""
         if file.exists():
-            _check_same(file, recipe)
+            changes = _check_same(file, recipe, may_differ)
+            comments = "".join(line for line in file.read_text("utf-8").splitlines(True) if line.startswith("#"))
         checkpoint = self.latest_checkpoint()
         if self.write:
             self._clear_leftovers()
             self._rewind(checkpoint)
-            atomic_write_text(file, to_yaml(recipe))
-        return checkpoint
+            step = 0 if checkpoint is None else checkpoint.step
+            comments += "".join(f"# after step {step}: {text}\n" for text in changes)
+            atomic_write_text(file, comments + to_yaml(recipe))
+        return checkpoint, changes
 
     def log(self, step: int, **values: object) -> None:
         """Add a line to ``metrics.jsonl``; numbers that are not finite become null."""
@@ -106,10 +113,23 @@ class RunFolder:
         with room_for(self._metrics), self._metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(_finite({"step": step, **values})) + "\n")
 
+    def lines(self) -> list[dict[str, float]]:
+        """The numbers of each whole line of ``metrics.jsonl``, with its ``step``."""
+        file = self.path / "metrics.jsonl"
+        text = file.read_text(encoding="utf-8") if file.exists() else ""
+        whole = [json.loads(line) for line in text.splitlines() if math.isfinite(_step(line))]
+        return [{key: value for key, value in line.items() if isinstance(value, int | float)} for line in whole]
+
     def write_checkpoint(
-        self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *, keep: int = 2
+        self,
+        step: int,
+        tensors: Mapping[str, Tensor],
+        state: Mapping[str, Any],
+        *,
+        keep: int = 2,
+        protected: Collection[int] = (),
     ) -> None:
-        """Write the checkpoint of ``step`` and, once it is there for good, remove all but the last ``keep`` >= 1.
+        """Write the checkpoint of ``step``; once it is there for good, remove all but ``protected`` and ``keep`` last.
 
         ``tensors`` and ``state`` as in ``checkpoints.fill``.
         """
@@ -121,11 +141,19 @@ class RunFolder:
             logged = self._metrics.stat().st_size
         with self.publish(checkpoints.name_of(step)) as folder:
             checkpoints.fill(folder, step, tensors, state, logged)
-        checkpoints.prune(self.path, step, keep)
+        checkpoints.prune(self.path, step, keep, protected)
 
     def latest_checkpoint(self) -> Checkpoint | None:
         """As ``checkpoints.latest`` of this folder."""
         return checkpoints.latest(self.path)
+
+    def checkpoint(self, step: int) -> Checkpoint:
+        """One of ``checkpoint_steps``."""
+        return checkpoints.read(self.path / checkpoints.name_of(step))
+
+    def checkpoint_steps(self) -> list[int]:
+        """Steps of the checkpoints, the latest first."""
+        return [checkpoints.step_of(folder) for folder in checkpoints.folders(self.path)]
 
     @contextmanager
     def publish(self, name: str) -> Iterator[Path]:
@@ -241,20 +269,21 @@ def _check_used(path: Path, *, resume: bool | None) -> None:
         raise UserError(f"the output folder {path} holds no run to --resume (no recipe.yaml); give another --output")
 
 
-def _check_same(file: Path, recipe: "DataclassInstance") -> None:
-    """Raise UserError where the recipe on disk and this one differ in a key that matters."""
+def _check_same(file: Path, recipe: "DataclassInstance", may_differ: frozenset[str]) -> list[str]:
+    """What changed of the keys ``may_differ``; UserError where the recipes differ in another key that matters."""
     old, new = flatten(read_mapping(file)), flatten(to_dict(recipe))
-    names = [name for name in {**old, **new} if name.split(".")[0] not in MAY_DIFFER_ON_RESUME]
-    changes = [
-        f"{name} was {written(old.get(name))} and is {written(new.get(name))}"
-        for name in names
-        if old.get(name) != new.get(name)
-    ]
-    if changes:
+    changes = {
+        name: f"{name} was {written(old.get(name))} and is {written(new.get(name))}"
+        for name in {**old, **new}
+        if old.get(name) != new.get(name) and name.split(".")[0] not in MAY_DIFFER_ON_RESUME
+    }
+    wrong = [text for name, text in changes.items() if name not in may_differ]
+    if wrong:
         raise UserError(
-            f"the run in {file.parent} has another recipe: {'; '.join(changes)}; "
+            f"the run in {file.parent} has another recipe: {'; '.join(wrong)}; "
             "give --resume with the old values, or another --output without it"
         )
+    return list(changes.values())
 
 
 def _finite(value: Any) -> Any:

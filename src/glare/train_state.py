@@ -89,3 +89,13 @@ def clip_each(parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
     torch._foreach_mul_([local(gradient) for gradient in gradients], (limit / (lengths + 1e-6)).clamp(max=1.0).unbind())
     total: Tensor = lengths.norm()
     return total
+
+
+def clip_parts(student: nn.Module, limit: float) -> dict[str, Tensor]:
+    """``clip_each`` of all that trains; returns the norms before, of all gradients and of backbone and heads apart."""
+    parts: dict[str, list[nn.Parameter]] = {"grad_norm_backbone": [], "grad_norm_heads": []}
+    for name, parameter in student.named_parameters():
+        if parameter.grad is not None:
+            parts["grad_norm_heads" if name.startswith("objective.") else "grad_norm_backbone"].append(parameter)
+    norms = {name: clip_each(parameters, limit) for name, parameters in parts.items() if parameters}
+    return {"grad_norm": torch.stack(list(norms.values())).norm(), **norms}
