@@ -1,5 +1,6 @@
 """What the fuzz reads: each kind of file that the package takes from others, valid ones of it, and its reader."""
 
+import hashlib
 import io
 import json
 import tempfile
@@ -127,7 +128,7 @@ def _texts() -> dict[str, Target]:
     finetune = FinetuneRecipe(model="m", data="d", output=Path("o"))
     log = b"".join(json.dumps({"step": step, "loss": 1 / step, "lr": 1e-3}).encode() + b"\n" for step in (1, 2, 3))
     metrics = json.dumps({"parameters_trained": 10, "seconds": 1.5, "peak_memory_bytes": 10**9, "device": "cpu"})
-    state = json.dumps({"step": 3, "state": {"seed": 1}}).encode()
+    state = json.dumps({"step": 3, "metrics_bytes": 0, "state": {"seed": 1}}).encode()
     tensors = {"checkpoints/step_000003/state.safetensors": _safetensors({"a": torch.zeros(2)})}
     readme = b"---\nlicense: cc-by-4.0\nlicense_name: x\ntags:\n- a\n- b\n---\n\n# Title\n"
 
@@ -136,6 +137,12 @@ def _texts() -> dict[str, Target]:
             return recipes.from_dict(type(recipe), recipes.read_yaml(folder / name, type(recipe)))
 
         return Target(name, [recipes.to_yaml(recipe).encode()], read)
+
+    def checkpoint(folder: Path) -> object:
+        files = [folder / "checkpoints" / "step_000003" / name for name in ("state.safetensors", "state.json")]
+        sums = [f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n" for file in files]
+        (files[0].parent / "SHA256SUMS").write_text("".join(sums))
+        return RunFolder(folder, write=False).latest_checkpoint()
 
     def lineage(folder: Path) -> None:
         stages_of(folder)
@@ -155,7 +162,7 @@ def _texts() -> dict[str, Target]:
         "state.json": Target(
             "checkpoints/step_000003/state.json",
             [state],
-            lambda folder: RunFolder(folder, write=False).latest_checkpoint(),
+            checkpoint,
             tensors,
         ),
         "README.md": Target("README.md", [readme], lambda folder: licences.front_matter(folder / "README.md")),

@@ -141,6 +141,7 @@ def plan() -> Plan:
     return Plan(
         steps=3,
         batch_size=4,
+        gradient_accumulation_steps=1,
         learning_rate=1e-3,
         min_learning_rate=1e-6,
         warmup_steps=0,

@@ -9,6 +9,7 @@ from reference.correspondence import Box
 from reference.resample import crop_and_resize, crop_labels
 
 from glare.crops import _filtered, cut, cut_labels
+from glare.draws import Draws
 from glare.geometry import random_resized_crops
 from glare.labelled_crops import random_crops
 
@@ -72,9 +73,9 @@ def test_random_crops_are_whole_pixels_inside_their_images(
     sizes: list[tuple[int, int]], low: float, extra: float, seed: int
 ) -> None:
     area = (low, low + extra * (1 - low))
-    generator = torch.Generator().manual_seed(seed)
     size_px = torch.tensor(sizes)
-    crop = random_resized_crops(size_px, area=area, flip_prob=0.5, generator=generator)
+    draws = Draws(torch.Generator().manual_seed(seed), len(sizes))
+    crop = random_resized_crops(size_px, area=area, flip_prob=0.5, draws=draws)
     edges = torch.stack([crop.offset, crop.offset + crop.scale]).double() * size_px
     first, last = edges.amin(dim=0), edges.amax(dim=0)
     assert (edges - edges.round()).abs().max() < 1e-2  # of float32 in units of the image
@@ -91,8 +92,8 @@ def test_random_crops_are_whole_pixels_inside_their_images(
 def test_training_crops_begin_inside_their_image(
     size: tuple[int, int], side: int, low: float, extra: float, seed: int
 ) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    crop = random_crops(torch.tensor([size]), size=side, scale=(low, low + extra), generator=generator)
+    draws = Draws(torch.Generator().manual_seed(seed), 1)
+    crop = random_crops(torch.tensor([size]), size=side, scale=(low, low + extra), draws=draws)
     edges = torch.stack([crop.offset, crop.offset + crop.scale])
     first, last = edges.amin(dim=0), edges.amax(dim=0)
     assert crop.offset.shape == (1, 10, 2) and bool((crop.scale[..., 1] > 0).all())

@@ -1,6 +1,7 @@
 """Nothing that is read runs code, nothing is unpacked, and no token or password gets into a file or a message."""
 
 import ast
+import hashlib
 import io
 import json
 import os
@@ -125,10 +126,19 @@ def test_other_files_of_weights_are_not_run(trace: Path, tmp_path: Path) -> None
     assert said is not None and "cannot be read" in said
     checkpoint = tmp_path / "checkpoints" / "step_000001"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "state.json").write_text('{"step": 1, "state": {}}')
-    (checkpoint / "state.safetensors").write_bytes(malicious("zip", trace))
-    with pytest.warns(UserWarning, match="is left out, it cannot be read"):
-        assert RunFolder(tmp_path, write=False).latest_checkpoint() is None
+    files = {
+        "state.json": b'{"step": 1, "metrics_bytes": 0, "state": {}}',
+        "state.safetensors": malicious("zip", trace),
+    }
+    for name, content in files.items():
+        (checkpoint / name).write_bytes(content)
+    sums = [f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in files.items()]
+    (checkpoint / "SHA256SUMS").write_text("".join(sums))
+    with (
+        pytest.warns(UserWarning, match="is left out: it cannot be read"),
+        pytest.raises(UserError, match="no checkpoint .* can be used"),
+    ):
+        RunFolder(tmp_path, write=False).latest_checkpoint()
 
 
 # code that comes with a model

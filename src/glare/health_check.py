@@ -83,7 +83,7 @@ def _without_compiling(backbone: PreTrainedModel) -> Iterator[None]:
 def check_views(images: PackedImages, *, batch_size: int, size: int, seed: int, normalise: Normalisation) -> Tensor:
     """The first images of a run's order, the largest square in the middle of each: (1, n, 3, size, size).
 
-    ``batch_size``: of one process.
+    Twice ``batch_size`` images, that of all processes, but 8 to 32: the same however a batch is shared out.
     """
     count = min(max(2 * batch_size, IMAGES[0]), IMAGES[1], len(images))
     few = subset(images, next(epoch_batches(len(images), count, seed=seed)))

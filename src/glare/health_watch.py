@@ -15,9 +15,11 @@ from accelerate.utils import broadcast_object_list
 
 from glare import alarms
 from glare.alarms import CHECKED, EARLY_LINES, IN_A_ROW, Line
-from glare.health_check import HealthCheck
+from glare.crops import PackedImages
+from glare.health_check import HealthCheck, check_views
 from glare.run_folder import RunFolder, atomic_write_json
 from glare.student import Student
+from glare.views import Normalisation
 
 FILE = "health.json"
 CHECK_EVERY = 25  # steps: a check took 0.19 of a step (ViT-S/14, batch 8, one core), so 1 % of the time
@@ -65,6 +67,22 @@ class HealthWatch:
         self.early: list[Line] = []
         self.recent: deque[Line] = deque(maxlen=IN_A_ROW)
         self.warned: set[str] = set()
+
+    @classmethod
+    def of(
+        cls, student: Student, images: PackedImages, recipe: Any, normalise: Normalisation, accelerator: Accelerator
+    ) -> Self:
+        """The watch of a run with a resolved recipe, before the first step.
+
+        Checks are the main process's, unless it has only its part of the blocks.
+        """
+        check = None
+        if accelerator.is_main_process or recipe.shard:
+            size, seed = recipe.views.global_size, recipe.seed
+            views = check_views(images, batch_size=recipe.batch_size, size=size, seed=seed, normalise=normalise)
+            check = HealthCheck.of(student.backbone, views.to(accelerator.device), accelerator)
+        prototypes = len(student.objective.head.last_layer.weight_g)
+        return cls(WatchSettings.of(recipe), check, accelerator, prototypes=prototypes)
 
     @property
     def untouched(self) -> Line:

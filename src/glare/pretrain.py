@@ -20,8 +20,7 @@ from glare.disk_space import room_for
 from glare.draws import Draws
 from glare.errors import UserError
 from glare.figures import write_report
-from glare.health_check import HealthCheck, check_views
-from glare.health_watch import MAY_DIFFER_ON_RESUME, HealthWatch, WatchSettings
+from glare.health_watch import MAY_DIFFER_ON_RESUME, HealthWatch
 from glare.model_card import write_card
 from glare.modeling_glare import GlareModel
 from glare.objectives.glare import GlareObjective, GlareSettings
@@ -174,7 +173,7 @@ def run(signals: Signals, given: Mapping[str, Any]) -> Path:
     if recipe.compile:
         student.compile_blocks()
         teacher.compile_blocks()
-    watch = make_watch(student, packed.images, recipe, accelerator, normalise)
+    watch = HealthWatch.of(student, packed.images, recipe, normalise, accelerator)
     wrapped, optimizer = prepare(student, teacher, recipe, accelerator)
     state = TrainState(student, teacher, optimizer)
 
@@ -309,20 +308,6 @@ def prepare(
         return student, accelerator.prepare(make_optimizer(student, recipe.weight_decay))
     wrapped, optimizer = accelerator.prepare(student, make_optimizer(student, recipe.weight_decay))
     return wrapped, optimizer
-
-
-def make_watch(
-    student: Student, images: PackedImages, recipe: PretrainRecipe, accelerator: Accelerator, normalise: Normalisation
-) -> HealthWatch:
-    """The watch of a run, before its first step; checks are the main process's where it has the blocks whole."""
-    check = None
-    if accelerator.is_main_process or recipe.shard:
-        passes = accelerator.num_processes * recipe.gradient_accumulation_steps
-        batch_size, size = recipe.batch_size // passes, recipe.views.global_size
-        views = check_views(images, batch_size=batch_size, size=size, seed=recipe.seed, normalise=normalise)
-        check = HealthCheck.of(student.backbone, views.to(accelerator.device), accelerator)
-    prototypes = len(student.objective.head.last_layer.weight_g)
-    return HealthWatch(WatchSettings.of(recipe), check, accelerator, prototypes=prototypes)
 
 
 def fit_head(
