@@ -136,7 +136,7 @@ def test_other_files_of_weights_are_not_run(trace: Path, tmp_path: Path) -> None
     (checkpoint / "SHA256SUMS").write_text("".join(sums))
     with (
         pytest.warns(UserWarning, match="is left out: it cannot be read"),
-        pytest.raises(UserError, match="no checkpoint .* can be used"),
+        pytest.raises(UserError, match=r"no checkpoint .* can be used"),
     ):
         RunFolder(tmp_path, write=False).latest_checkpoint()
 
