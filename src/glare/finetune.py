@@ -202,6 +202,7 @@ def run(signals: Signals, recipe: FinetuneRecipe, *, train: LabelledSet | None =
     finish(job, model, folder)
     if folder.write:
         write_card(folder.path)
+    accelerator.wait_for_everyone()  # one that leaves while another still writes may keep it from ending
     accelerator.end_training()
     return folder.path
 
