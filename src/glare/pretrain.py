@@ -236,6 +236,7 @@ def run(signals: Signals, given: Mapping[str, Any]) -> Path:
     bar.close()
     signals.release(accelerator)
     state.join()
+    accelerator.wait_for_everyone()  # one that leaves while another still writes may keep it from ending
     accelerator.end_training()
     seconds = meter.seconds
     if accelerator.is_main_process:
