@@ -200,7 +200,7 @@ def assert_as_counted(config: PreTrainedConfig, **changes: Any) -> None:
     expected, rows = measured(step)
     found = step.predicted(rows)
     assert rows.augmented * IMAGES == step.views.patch_mask.sum().item()
-    assert rows.patches < rows.augmented + rows.matched and 0 < rows.region_patches <= rows.region
+    assert rows.patches < rows.augmented + rows.matched and 0 < rows.region_patches < rows.region
     for phase in ("teacher", "student", "backward", "heads", "anchor"):
         assert getattr(found, phase) == pytest.approx(getattr(expected, phase)), phase
 

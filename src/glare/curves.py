@@ -9,20 +9,26 @@ Point = tuple[float, float]
 """(step, value)."""
 
 
-def read_curves(metrics: Path) -> dict[str, list[Point]]:
-    """Every finite number of the log but the step itself, by name; a line that a killed run left unfinished is none."""
-    curves: dict[str, list[Point]] = {}
+def read_lines(metrics: Path) -> list[dict[str, float]]:
+    """The finite numbers of each line with a ``step``; a line that a killed run left unfinished is none."""
+    lines = []
     for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             entry = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        step = _number(entry.pop("step", None)) if isinstance(entry, dict) else None
-        if step is None:
-            continue
-        for name, value in entry.items():
-            if (number := _number(value)) is not None:
-                curves.setdefault(name, []).append((step, number))
+        if isinstance(entry, dict):
+            lines.append({name: number for name, value in entry.items() if (number := _number(value)) is not None})
+    return [line for line in lines if "step" in line]
+
+
+def read_curves(metrics: Path) -> dict[str, list[Point]]:
+    """Every number of the log but the step itself, by name."""
+    curves: dict[str, list[Point]] = {}
+    for line in read_lines(metrics):
+        step = line.pop("step")
+        for name, value in line.items():
+            curves.setdefault(name, []).append((step, value))
     return curves
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import asdict
 
+from glare.data.cache import skipped_lines
 from glare.data.labelled import PackedLabelled
 from glare.finetune_plan import Plan
 from glare.runtime import Clock
@@ -15,9 +16,7 @@ def describe_run(recipe: object, packed: PackedLabelled, plan: Plan) -> str:
     """
     count = len(packed.names)
     lines = [f"{count} labelled images of {len(packed.classes)} classes, {len(packed.skipped)} skipped"]
-    lines += [f"  skipped {name}: {reason}" for name, reason in packed.skipped[:10]]
-    if len(packed.skipped) > 10:
-        lines.append(f"  ... and {len(packed.skipped) - 10} more")
+    lines += skipped_lines(packed.skipped)
     passes = plan.steps * plan.batch_size / count
     lines.append(f"{plan.steps} steps of {plan.batch_size} crops of {plan.crop_size} px = {passes:.1f} passes")
     chosen = [f"{name}={value}" for name, value in asdict(plan).items() if getattr(recipe, name) is None]

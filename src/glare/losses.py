@@ -23,12 +23,6 @@ def teacher_probabilities(logits: Tensor, centre: Tensor, temperature: float) ->
     return F.softmax((logits.float() - centre) / temperature, dim=-1)
 
 
-def cross_entropy(student_logits: Tensor, teacher_prob: Tensor) -> Tensor:
-    """H of each row, (rows, K) twice -> (rows,)."""
-    student = student_logits.float() / STUDENT_TEMPERATURE
-    return student.logsumexp(dim=-1) - (teacher_prob * student).sum(dim=-1)
-
-
 def summed_cross_entropy(
     student: Tensor,
     teacher: Tensor,

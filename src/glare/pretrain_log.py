@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from glare.data.cache import Packed
+from glare.data.cache import Packed, skipped_lines
 from glare.objectives.base import Terms
 from glare.pretrain_plan import Plan
 from glare.runtime import Clock
@@ -15,9 +15,7 @@ def describe(plan: Plan, packed: Packed, derived: Mapping[str, Any]) -> str:
     """What is about to happen, for the user: the data, what was skipped and what was chosen."""
     count, pixels = len(packed.names), packed.images.pixels.nbytes
     lines = [f"{count} images ({pixels / 2**20:.0f} MiB decoded), {len(packed.skipped)} skipped"]
-    lines += [f"  skipped {name}: {reason}" for name, reason in packed.skipped[:10]]
-    if len(packed.skipped) > 10:
-        lines.append(f"  ... and {len(packed.skipped) - 10} more")
+    lines += skipped_lines(packed.skipped)
     lines.append(f"{plan.steps} steps of {plan.batch_size} images = {plan.steps * plan.batch_size / count:.1f} passes")
     if derived:
         lines.append("chosen from the data: " + ", ".join(f"{key}={value}" for key, value in derived.items()))

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from glare import checkpoints
 from glare.checkpoints import Checkpoint
+from glare.curves import read_lines
 from glare.disk_space import room_for
 from glare.errors import UserError
 from glare.recipes import to_dict, to_yaml
@@ -114,11 +115,8 @@ class RunFolder:
             file.write(json.dumps(_finite({"step": step, **values})) + "\n")
 
     def lines(self) -> list[dict[str, float]]:
-        """The numbers of each whole line of ``metrics.jsonl``, with its ``step``."""
-        file = self.path / "metrics.jsonl"
-        text = file.read_text(encoding="utf-8") if file.exists() else ""
-        whole = [json.loads(line) for line in text.splitlines() if math.isfinite(_step(line))]
-        return [{key: value for key, value in line.items() if isinstance(value, int | float)} for line in whole]
+        """The finite numbers of each whole line of ``metrics.jsonl``, with its ``step``."""
+        return read_lines(self._metrics) if self._metrics.exists() else []
 
     def write_checkpoint(
         self,

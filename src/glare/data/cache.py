@@ -4,7 +4,7 @@ import logging
 import os
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -38,6 +38,12 @@ class Packed:
     images: PackedImages
     names: list[str]
     skipped: list[tuple[str, str]]
+
+
+def skipped_lines(skipped: Sequence[tuple[str, str]], *, most: int = 10) -> list[str]:
+    """(name, reason) of images that could not be used, a line each; of more than ``most`` the rest is counted."""
+    lines = [f"  skipped {name}: {reason}" for name, reason in skipped[:most]]
+    return lines + ([f"  ... and {len(skipped) - most} more"] if len(skipped) > most else [])
 
 
 def pack(
