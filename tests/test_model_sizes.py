@@ -97,8 +97,7 @@ def test_adapters_of_an_absurd_rank(tmp_path: Path) -> None:
         bare = GlareModel.from_backbone(tiny_vit("vit"))
         said = refused(lambda bare=bare, kind=kind: adapt(bare, kind, rank=10**12, scale=1.0))  # type: ignore[misc]
         assert said.startswith("with the adapters ") and said.endswith("of memory; give a lower rank")
-    assert isinstance(model := adapted_model(vit, "lora"), GlareModel)
-    model.save_adapter(tmp_path / "adapter", base_model=str(tmp_path / "vit"))
+    adapted_model(vit, "lora").save_adapter(tmp_path / "adapter", base_model=str(tmp_path / "vit"))
     load_pretrained(str(tmp_path / "adapter"))
     change(tmp_path / "adapter" / "adapter_config.json", r=10**12)
     assert "give a lower rank" in refused(lambda: load_pretrained(str(tmp_path / "adapter")))
