@@ -37,6 +37,7 @@ from glare.runtime import (
     PRECISIONS,
     TRACKERS,
     Clock,
+    check_weights,
     epoch_batches,
     make_accelerator,
     restore_scaler,
@@ -179,7 +180,7 @@ def run(signals: Signals, given: Mapping[str, Any]) -> Path:
 
     # run folder, resume
     folder = RunFolder.create(recipe.output, resume=recipe.resume, write=accelerator.is_main_process)
-    checkpoint, changes = folder.begin(recipe, may_differ=MAY_DIFFER_ON_RESUME)
+    checkpoint, changes = folder.begin(recipe, images=packed.names, may_differ=MAY_DIFFER_ON_RESUME)
     for change in changes:
         accelerator.print(f"resumed with another recipe: {change}")
     accelerator.init_trackers("")
@@ -213,7 +214,8 @@ def run(signals: Signals, given: Mapping[str, Any]) -> Path:
             )
         for group in optimizer.param_groups:
             group["lr"] = plan.learning_rate_at(step)
-        terms, grad_norms = train_step(state, wrapped, views, plan, accelerator, step=step, clock=clock)
+        with folder.pointing_back():
+            terms, grad_norms = train_step(state, wrapped, views, plan, accelerator, step=step, clock=clock)
         bar.update()
         done, stopping = step + 1, signals.asked(accelerator)
         saves = done % recipe.checkpoint_every == 0 or done == plan.steps
@@ -228,9 +230,13 @@ def run(signals: Signals, given: Mapping[str, Any]) -> Path:
                 bar.close()
                 raise UserError(trouble)
             clock, logged = Clock(), done
+        elif step == start:
+            clock, logged = Clock(), done  # a process takes longer for its first step
         if (saves or stopping) and watch.healthy:
             others, keep = {"seconds": meter.seconds, "scaler": scaler_state(accelerator)}, recipe.keep_checkpoints
-            folder.write_checkpoint(done, state.tensors(), others, keep=keep, protected=watch.protected())
+            with clock.paused(), folder.pointing_back():
+                check_weights(tensors := state.tensors(), done)
+                folder.write_checkpoint(done, tensors, others, keep=keep, protected=watch.protected())
         if stopping:
             break
     bar.close()
