@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -300,10 +301,7 @@ def make_student(model: GlareModel, recipe: PretrainRecipe) -> Student:
     """The adapted backbone with a fresh objective. Raises UserError where that does not fit into memory."""
     config = model.config.backbone_config
     settings = getattr(recipe, recipe.objective)
-
-    def objective() -> GlareObjective:
-        return OBJECTIVES[recipe.objective](config.hidden_size, config.num_attention_heads, settings)
-
+    objective = partial(OBJECTIVES[recipe.objective], config.hidden_size, config.num_attention_heads, settings)
     if reason := oversize(objective):
         raise UserError(f"the objective's {reason}; give fewer prototypes or a narrower head")
     mask_token = recipe.views.patch_augmentation == "mask"
