@@ -163,10 +163,9 @@ class HealthWatch:
         )
         if checkpoint is None:
             return f"no checkpoint was written yet: give the same command with {lower}, which begins again"
-        path = folder.path / "checkpoints" / f"step_{checkpoint.step:06d}"
         return (
-            f"the last healthy checkpoint is {path}: to go on from there give the same command with {lower}, or with "
-            "--resume --on-unhealthy warn to go on as it is"
+            f"the last healthy checkpoint is {folder.place_of(checkpoint)}: to go on from there give the same command "
+            f"with {lower}, or with --resume --on-unhealthy warn to go on as it is"
         )
 
     def _consider(self, line: Line, *, saved: bool) -> None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,18 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm import tqdm
 
-from glare import checkpoints, head_start, recipes, region_attention
+from glare import checkpoints, recipes, region_attention
 from glare.backbones import ADAPTERS, adapt, load_backbone, read_normalisation
-from glare.crops import PackedImages, fits, subset
+from glare.crops import fits
 from glare.data.cache import pack
 from glare.data.sources import open_source
 from glare.disk_space import room_for
-from glare.draws import Draws
 from glare.errors import UserError
 from glare.figures import write_report
+from glare.head_start import fit_head
 from glare.health_watch import MAY_DIFFER_ON_RESUME, HealthWatch
 from glare.model_card import write_card
+from glare.model_sizes import oversize
 from glare.modeling_glare import GlareModel
 from glare.objectives.glare import GlareObjective, GlareSettings
 from glare.preemption import Signals, stoppable
@@ -36,11 +38,11 @@ from glare.runtime import (
     PRECISIONS,
     TRACKERS,
     Clock,
+    check_weights,
     epoch_batches,
     make_accelerator,
     restore_scaler,
     scaler_state,
-    seeded,
 )
 from glare.segmenters import image_processor
 from glare.sharding import shard_blocks
@@ -48,7 +50,7 @@ from glare.shares import check_shares
 from glare.student import Student
 from glare.teacher import make_teacher
 from glare.train_state import TrainState, make_optimizer
-from glare.views import Normalisation, ViewConfig, make_views
+from glare.views import Normalisation, ViewConfig
 from glare.yaml_files import flatten
 
 OBJECTIVES = {"glare": GlareObjective}
@@ -179,7 +181,7 @@ def run(signals: Signals, given: Mapping[str, Any]) -> Path:
 
     # run folder, resume
     folder = RunFolder.create(recipe.output, resume=recipe.resume, write=accelerator.is_main_process)
-    checkpoint, changes = folder.begin(recipe, may_differ=MAY_DIFFER_ON_RESUME)
+    checkpoint, changes = folder.begin(recipe, images=packed.names, may_differ=MAY_DIFFER_ON_RESUME)
     for change in changes:
         accelerator.print(f"resumed with another recipe: {change}")
     accelerator.init_trackers("")
@@ -213,7 +215,8 @@ def run(signals: Signals, given: Mapping[str, Any]) -> Path:
             )
         for group in optimizer.param_groups:
             group["lr"] = plan.learning_rate_at(step)
-        terms, grad_norms = train_step(state, wrapped, views, plan, accelerator, step=step, clock=clock)
+        with folder.pointing_back():
+            terms, grad_norms = train_step(state, wrapped, views, plan, accelerator, step=step, clock=clock)
         bar.update()
         done, stopping = step + 1, signals.asked(accelerator)
         saves = done % recipe.checkpoint_every == 0 or done == plan.steps
@@ -228,9 +231,13 @@ def run(signals: Signals, given: Mapping[str, Any]) -> Path:
                 bar.close()
                 raise UserError(trouble)
             clock, logged = Clock(), done
+        elif step == start:
+            clock, logged = Clock(), done  # a process takes longer for its first step
         if (saves or stopping) and watch.healthy:
             others, keep = {"seconds": meter.seconds, "scaler": scaler_state(accelerator)}, recipe.keep_checkpoints
-            folder.write_checkpoint(done, state.tensors(), others, keep=keep, protected=watch.protected())
+            with clock.paused(), folder.pointing_back():
+                check_weights(tensors := state.tensors(), done)
+                folder.write_checkpoint(done, tensors, others, keep=keep, protected=watch.protected())
         if stopping:
             break
     bar.close()
@@ -291,12 +298,14 @@ def resolve(
 
 
 def make_student(model: GlareModel, recipe: PretrainRecipe) -> Student:
-    """The adapted backbone with a fresh objective."""
+    """The adapted backbone with a fresh objective. Raises UserError where that does not fit into memory."""
     config = model.config.backbone_config
     settings = getattr(recipe, recipe.objective)
-    objective = OBJECTIVES[recipe.objective](config.hidden_size, config.num_attention_heads, settings)
+    objective = partial(OBJECTIVES[recipe.objective], config.hidden_size, config.num_attention_heads, settings)
+    if reason := oversize(objective):
+        raise UserError(f"the objective's {reason}; give fewer prototypes or a narrower head")
     mask_token = recipe.views.patch_augmentation == "mask"
-    return Student(model.backbone, objective, mask_token=mask_token, anchor=recipe.anchor)
+    return Student(model.backbone, objective(), mask_token=mask_token, anchor=recipe.anchor)
 
 
 def prepare(
@@ -309,27 +318,6 @@ def prepare(
         return student, accelerator.prepare(make_optimizer(student, recipe.weight_decay))
     wrapped, optimizer = accelerator.prepare(student, make_optimizer(student, recipe.weight_decay))
     return wrapped, optimizer
-
-
-def fit_head(
-    student: Student,
-    images: PackedImages,
-    recipe: PretrainRecipe,
-    accelerator: Accelerator,
-    *,
-    patch_size: int,
-    normalise: Normalisation,
-) -> None:
-    """Fit the fresh head to the run's first images, the same on every process."""
-    count = len(images)
-    index = next(epoch_batches(count, min(count, head_start.IMAGES), seed=recipe.seed))
-    first, draws = subset(images, index).to(accelerator.device), Draws(seeded(recipe.seed, 0), len(index))
-    views = make_views(
-        first, torch.arange(len(index)), recipe.views, patch_size=patch_size, normalise=normalise, draws=draws
-    )
-    with accelerator.autocast():
-        temperature = Plan.of(recipe).temperature_at(0)
-        head_start.start_head(student, views, temperature=temperature, draws=draws)
 
 
 def save(

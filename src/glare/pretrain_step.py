@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from glare.crops import PackedImages, subset
-from glare.errors import UserError
+from glare.errors import NotFiniteError
 from glare.objectives.base import Terms
 from glare.pretrain_plan import Plan
 from glare.runtime import Clock
@@ -55,7 +55,7 @@ def train_step(
     step: int,
     clock: Clock,
 ) -> tuple[Terms, dict[str, Tensor]]:
-    """One optimizer step, then the teacher and the centres follow. Raises UserError when the loss is not finite.
+    """One optimizer step, then the teacher and the centres follow. Raises NotFiniteError for the loss.
 
     ``views`` are this process's share. Returns the terms of the whole batch, without gradient, and the gradient norms
     of ``clip_parts``. ``clock`` gets the parts "teacher", "student" (with heads and losses), "backward" and "update".
@@ -91,13 +91,13 @@ def train_step(
 
 
 def check_finite(terms: Terms, plan: Plan, *, step: int) -> None:
-    """Raise UserError for a loss that is not finite; it is that of the batch, so all processes raise it."""
+    """Raise NotFiniteError for the loss; it is that of the batch, so all processes raise it."""
     total = terms.total
     if not torch.isfinite(total):
         broken = ", ".join(name for name, value in terms.losses.items() if not torch.isfinite(value))
-        raise UserError(
+        raise NotFiniteError(
             f"the loss became {total.item()} at step {step + 1} (terms: {broken}); lower learning_rate "
-            f"(now {plan.learning_rate}) or give --precision fp32, and go on from the last checkpoint with --resume"
+            f"(now {plan.learning_rate}) or give --precision fp32"
         )
 
 

@@ -22,7 +22,7 @@ from glare.data.landcover import parse_landcover
 from glare.data.listing import EXTENSIONS, extension_of, image_names
 from glare.data.listing import image_files as image_files
 from glare.data.listing import natural as natural
-from glare.data.opening import open_picture, reason_of
+from glare.data.opening import check_archive, open_picture, reason_of
 from glare.errors import UserError, first_line
 from glare.paths import kind_of, local_path, printable
 
@@ -276,6 +276,9 @@ def _open_file(file: Path) -> Images:
 def _open_table(data: str, builder: str, **files: str) -> Images:
     """The images of a table that `datasets` loads: the train split, or the largest one."""
     try:
+        if builder == SHARDS["tar"]:
+            for file in filter(Path.is_file, [Path(data), *sorted(Path(data).rglob("*"))]):
+                check_archive(file)
         splits = datasets.load_dataset(builder, **files)
     except Exception as error:  # no connection, no such data set, several configurations, a broken file, ...
         if files:
