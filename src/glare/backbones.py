@@ -1,6 +1,8 @@
 """The ViT an adaptation starts from: found, loaded in float32 and given what is to train (paper section 3.2)."""
 
 import inspect
+from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedConfig,
 from glare.errors import UserError, shortened
 from glare.json_files import read_json
 from glare.model_names import EMBEDDED, Place, explained, place_of
+from glare.model_sizes import check_labels, oversize
 from glare.modeling_glare import GlareModel, vit_blocks
 from glare.uniadapter import UniAdapterConfig
 from glare.views import Normalisation
@@ -35,6 +38,7 @@ def load_backbone(name: str) -> GlareModel:
     place = place_of(name)
     with explained("backbone", name, HINT):
         config = read_config(place)
+        check_size(lambda: AutoModel.from_config(config, trust_remote_code=False))
         if place.name.endswith(".json"):
             model = AutoModel.from_config(config, dtype=torch.float32)
         else:
@@ -48,7 +52,8 @@ def load_backbone(name: str) -> GlareModel:
 
 
 def read_config(place: Place) -> PreTrainedConfig:
-    """The configuration of a model, of no more blocks than a model may have; ValueError for others."""
+    """The configuration of a model, of no more blocks and classes than a model may have; ValueError for others."""
+    check_labels(PreTrainedConfig.get_config_dict(place.name, **place.options)[0])
     config = AutoConfig.from_pretrained(place.name, trust_remote_code=False, **place.options)
     inner = getattr(config, "backbone_config", None)
     for part in (config, inner, getattr(inner, "backbone_config", None)):
@@ -60,6 +65,12 @@ def read_config(place: Place) -> PreTrainedConfig:
             if isinstance(divisor, int) and divisor < 1:
                 raise ValueError(f"{key} is {divisor}, it has to be at least 1")
     return config
+
+
+def check_size(build: Callable[[], nn.Module]) -> None:
+    """Raise ValueError where the model that ``build`` makes does not fit into memory; nothing is allocated."""
+    if reason := oversize(build):
+        raise ValueError(f"its {reason}")
 
 
 def without_pooler(config: PreTrainedConfig) -> dict[str, bool]:
@@ -84,7 +95,7 @@ def adapt(model: GlareModel, kind: str, *, rank: int, scale: float, place: str =
                 f"the backbone already has {present} adapters, --adapter {kind} is not possible: give {present}"
             )
     elif kind in ("uniadapter", "lora"):
-        model = GlareModel.from_backbone(backbone, _adapter_config(backbone, kind, rank=rank, scale=scale, place=place))
+        model = add_adapters(backbone, _adapter_config(backbone, kind, rank=rank, scale=scale, place=place))
     for name, parameter in model.backbone.named_parameters():
         trains = any(part in name for part in ("uniadapter_", "lora_")) or (kind == "full" and "mask_token" not in name)
         parameter.requires_grad_(trains)
@@ -93,6 +104,15 @@ def adapt(model: GlareModel, kind: str, *, rank: int, scale: float, place: str =
             if isinstance(module, nn.LayerNorm):
                 module.requires_grad_(True)
     return model
+
+
+def add_adapters(backbone: PreTrainedModel, config: PeftConfig) -> GlareModel:
+    """Fresh adapters in a ViT. Raises UserError where they do not fit into memory."""
+    bare = deepcopy(backbone.config)
+    reason = oversize(lambda: GlareModel.from_backbone(AutoModel.from_config(bare), deepcopy(config)))
+    if reason:
+        raise UserError(f"with the adapters {reason}; give a lower rank")
+    return GlareModel.from_backbone(backbone, config)
 
 
 def _adapter_config(backbone: PreTrainedModel, kind: str, *, rank: int, scale: float, place: str) -> PeftConfig:

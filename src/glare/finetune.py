@@ -37,6 +37,7 @@ from glare.runtime import (
     PRECISIONS,
     TRACKERS,
     Clock,
+    check_weights,
     epoch_batches,
     make_accelerator,
     restore_scaler,
@@ -56,6 +57,9 @@ from glare.segmenters import (
 )
 from glare.shares import check_shares
 from glare.views import Normalisation
+
+MAY_DIFFER_ON_RESUME = frozenset({"backbone_learning_rate", "learning_rate", "precision"})
+"""Recipe keys that are a remedy for a run whose loss became infinite, and so may change with its ``--resume``."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +163,9 @@ def run(signals: Signals, recipe: FinetuneRecipe, *, train: LabelledSet | None =
 
     # run folder, resume
     folder = RunFolder.create(recipe.output, resume=recipe.resume, write=accelerator.is_main_process)
-    start, (checkpoint, _) = 0, folder.begin(recipe)
+    start, (checkpoint, changes) = 0, folder.begin(recipe, images=packed.names, may_differ=MAY_DIFFER_ON_RESUME)
+    for change in changes:
+        accelerator.print(f"resumed with another recipe: {change}")
     accelerator.init_trackers("")
     if checkpoint is not None:
         start = checkpoint.step
@@ -181,7 +187,7 @@ def run(signals: Signals, recipe: FinetuneRecipe, *, train: LabelledSet | None =
             folder.log(step, miou=scores.miou, aacc=scores.aacc, macc=scores.macc)
         with clock.measure("data"):
             batch = cut_batch(packed, index, crops, accelerator, seed=recipe.seed, step=step)
-        with clock.measure("train"):
+        with clock.measure("train"), folder.pointing_back():
             loss = train_step(wrapped, optimizer, batch, plan, accelerator, seed=recipe.seed, step=step)
         bar.update()
         done, last = step + 1, step + 1 == plan.steps
@@ -191,10 +197,14 @@ def run(signals: Signals, recipe: FinetuneRecipe, *, train: LabelledSet | None =
             accelerator.log(values, step=done)
             bar.set_postfix_str(progress_text(values))
             clock, logged = Clock(), done
+        elif step == start:
+            clock, logged = Clock(), done  # a process takes longer for its first step
         stopping = signals.asked(accelerator)
         if stopping or last or done % recipe.checkpoint_every == 0:
             others = {"scaler": scaler_state(accelerator)}
-            folder.write_checkpoint(done, state.tensors(), others, keep=recipe.keep_checkpoints)
+            with folder.pointing_back():
+                check_weights(tensors := state.tensors(), done)
+                folder.write_checkpoint(done, tensors, others, keep=recipe.keep_checkpoints)
         if stopping:
             break
     bar.close()

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from glare.data.labelled import PackedLabelled
-from glare.errors import UserError
+from glare.errors import NotFiniteError
 from glare.finetune_plan import Plan
 from glare.labelled_crops import IGNORED, TrainingCrops, training_batch
 from glare.runtime import seeded
@@ -48,7 +48,7 @@ def train_step(
 ) -> float:
     """One optimizer step on this process's pixels and labels; returns the loss of the whole batch.
 
-    Raises UserError, on all processes, when it is not finite; nothing has changed then.
+    Raises NotFiniteError, on all processes, where it is not finite; nothing has changed then.
     """
     # dropout draws from the global generator: seeded anew, it draws the same after a resume
     torch.manual_seed(seeded(seed, step, DROPOUT, accelerator.process_index).initial_seed())
@@ -65,9 +65,9 @@ def train_step(
         shares.append(part.detach().float().view(1))
     value = added_up({"loss": torch.stack(shares).sum(dim=0)}, accelerator)["loss"].item()
     if not math.isfinite(value):
-        raise UserError(
+        raise NotFiniteError(
             f"the loss became {value} at step {step + 1}; lower learning_rate (now {plan.learning_rate}) and "
-            f"backbone_learning_rate (now {plan.backbone_learning_rate}), or give --precision fp32, in a new run"
+            f"backbone_learning_rate (now {plan.backbone_learning_rate}), or give --precision fp32"
         )
     head, backbone = learning_rates(plan, step)
     for group in optimizer.param_groups:

@@ -78,8 +78,8 @@ class HealthWatch:
         """
         check = None
         if accelerator.is_main_process or recipe.shard:
-            size, seed = recipe.views.global_size, recipe.seed
-            views = check_views(images, batch_size=recipe.batch_size, size=size, seed=seed, normalise=normalise)
+            size = recipe.views.global_size
+            views = check_views(images, batch_size=recipe.batch_size, size=size, normalise=normalise)
             check = HealthCheck.of(student.backbone, views.to(accelerator.device), accelerator)
         prototypes = len(student.objective.head.last_layer.weight_g)
         return cls(WatchSettings.of(recipe), check, accelerator, prototypes=prototypes)
@@ -163,10 +163,9 @@ class HealthWatch:
         )
         if checkpoint is None:
             return f"no checkpoint was written yet: give the same command with {lower}, which begins again"
-        path = folder.path / "checkpoints" / f"step_{checkpoint.step:06d}"
         return (
-            f"the last healthy checkpoint is {path}: to go on from there give the same command with {lower}, or with "
-            "--resume --on-unhealthy warn to go on as it is"
+            f"the last healthy checkpoint is {folder.place_of(checkpoint)}: to go on from there give the same command "
+            f"with {lower}, or with --resume --on-unhealthy warn to go on as it is"
         )
 
     def _consider(self, line: Line, *, saved: bool) -> None:

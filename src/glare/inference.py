@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import AutoModelForSemanticSegmentation, PreTrainedModel
 
 from glare import recipes
-from glare.backbones import read_config, read_normalisation
+from glare.backbones import check_size, read_config, read_normalisation
 from glare.configuration_glare import GlareConfig
 from glare.data.labelled import MAX_CLASSES, distinct_colours
 from glare.data.sources import BadImage, open_source
@@ -170,7 +170,8 @@ def load_segmenter(name: str, *, device: torch.device) -> tuple[PreTrainedModel,
     place = place_of(name)
     hint = "give a run folder of glare finetune, its model folder, or the Hub id of such a model"
     with explained("model", name, hint):
-        read_config(place)
+        asked = read_config(place)
+        check_size(lambda: AutoModelForSemanticSegmentation.from_config(asked, trust_remote_code=False))
         model = AutoModelForSemanticSegmentation.from_pretrained(place.name, dtype=torch.float32, **place.safe_options)
     config, named = model.config, model.config.architectures
     built = str(named[0]) if isinstance(named, list) and named else type(model).__name__

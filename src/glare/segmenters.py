@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, UperNetConfig, UperNetForSemanticSegmentation
 from transformers.models.dpt.image_processing_pil_dpt import DPTImageProcessorPil
 
-from glare.backbones import load_backbone, read_normalisation
+from glare.backbones import add_adapters, load_backbone, read_normalisation
 from glare.configuration_glare import GlareConfig
 from glare.errors import UserError
 from glare.model_names import Place, explained, place_of
@@ -52,7 +52,7 @@ def _load_adapter(name: str, place: Place) -> tuple[GlareModel, Normalisation]:
         )
     backbone = load_backbone(base).backbone
     with explained("adapter", name, f"give an adapter of {base}, as glare pretrain or PEFT writes them"):
-        model = GlareModel.from_backbone(backbone, config)
+        model = add_adapters(backbone, config)
         found = set_peft_model_state_dict(model.backbone, weights, adapter_name=ADAPTER_NAME)
     if found.unexpected_keys:
         raise UserError(f"the adapter {name!r} does not fit its base model {base!r}; give the model it was trained on")

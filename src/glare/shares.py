@@ -23,11 +23,16 @@ def check_shares(batch_size: int, processes: int, accumulation: int) -> None:
         )
 
 
-def draws_of(accelerator: Accelerator, total: int, *, seed: int, step: int, purpose: int) -> Draws:
-    """Random numbers of this process's share of a batch of ``total``; each ``purpose`` has its own."""
+def share_of(accelerator: Accelerator, total: int) -> slice:
+    """The part of a batch of ``total`` that is this process's."""
     count = total // accelerator.num_processes
     first = count * accelerator.process_index
-    return Draws(seeded(seed, step, purpose), total, slice(first, first + count))
+    return slice(first, first + count)
+
+
+def draws_of(accelerator: Accelerator, total: int, *, seed: int, step: int, purpose: int) -> Draws:
+    """Random numbers of this process's share of a batch of ``total``; each ``purpose`` has its own."""
+    return Draws(seeded(seed, step, purpose), total, share_of(accelerator, total))
 
 
 def passes(count: int, number: int) -> Iterator[slice]:

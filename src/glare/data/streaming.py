@@ -8,7 +8,7 @@ behind it are passed over without being decoded, so that the same images follow.
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -58,7 +58,7 @@ class Stream:
     workers: int
     strict: bool = False
 
-    def batches(self, start: int = 0) -> Iterator[PackedImages]:
+    def batches(self, start: int = 0) -> Generator[PackedImages]:
         """The shares of step ``start`` and all that follow. Raises UserError, also where no image can be read."""
         size = self.batch_size // self.world
         reads = self._files(start) if isinstance(self.source, Images) else islice(self._rows(), start * size, None)

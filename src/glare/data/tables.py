@@ -10,8 +10,10 @@ import datasets
 from huggingface_hub import HfFileSystem
 from PIL import Image
 
-from glare.data.opening import open_picture
+from glare.data.listing import extension_of, image_names
+from glare.data.opening import check_archive, open_picture
 from glare.errors import UserError, first_line
+from glare.model_names import is_repo_id
 from glare.paths import kind_of, local_path
 
 SHARDS = {"parquet": "parquet", "tar": "webdataset"}
@@ -58,7 +60,11 @@ def open_table(data: str, *, streaming: bool = False) -> Table:
     Arrow files. Raises UserError where there is no such table, or no image in it.
     """
     builder, files = _builder(data)
+    local = bool(files) and not data.startswith(REMOTE)
     try:
+        if local and builder == SHARDS["tar"]:
+            for file in filter(Path.is_file, [local_path(data), *sorted(local_path(data).rglob("*"))]):
+                check_archive(file)
         splits = datasets.load_dataset(builder, **({"streaming": True} if streaming else {}), **files)
         rows = splits[_split(splits, streaming=streaming)]
         features = rows.features or {}
@@ -77,6 +83,17 @@ def open_table(data: str, *, streaming: bool = False) -> Table:
     return Table(
         rows.select_columns([column]), column, None if builder == data or data.startswith(REMOTE) else _folder(data)
     )
+
+
+def streamable(data: str) -> bool:
+    """Whether ``data`` names a table: an address, a file or folder of shards without images, or a Hub id."""
+    path = local_path(data)
+    kind = kind_of(path)
+    if kind == "folder":
+        return not image_names(path) and has_shards(path)
+    if kind == "file":
+        return extension_of(path.name) in SHARDS
+    return data.startswith(REMOTE) or is_repo_id(data)
 
 
 def has_shards(folder: Path) -> bool:
