@@ -186,6 +186,7 @@ def test_the_sheet_shows_the_first_step_of_the_training(
         batch,
         recipe.views,
         accelerator,
+        batch_size=4,
         seed=recipe.seed,
         step=0,
         patch_size=4,
