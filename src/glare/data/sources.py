@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
@@ -18,11 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from glare.data.archives import open_part
+from glare.data.catalog import check_unnamed, named, suggestion
 from glare.data.landcover import parse_landcover
 from glare.data.listing import EXTENSIONS, extension_of, image_names
 from glare.data.listing import image_files as image_files
 from glare.data.listing import natural as natural
 from glare.data.opening import open_picture, reason_of
+from glare.data.tables import picture_columns, picture_file, undecoded
 from glare.errors import UserError, first_line
 from glare.paths import kind_of, local_path, printable
 
@@ -123,12 +125,15 @@ def open_source(data: str, *, match: str | None = None) -> Images:
     elif data.partition(":")[0] == "landcover":
         scenes = parse_landcover(data)
         images = Images([scenes.name(i) for i in range(len(scenes))], scenes.read)
+    elif (wanted := named(data)) is not None:
+        part = open_part(wanted, wanted.entry.split("train"), labelled=False)
+        images = Images(part.names, lambda index: open_picture(part.image(index)))
     elif HUB_ID.fullmatch(data):
         images = _open_table(data, data)
     else:
         raise UserError(
-            f"data {data!r} is neither an existing path nor a Hub id (owner/name) nor landcover:<domain>; "
-            "check the spelling, or give a folder of images"
+            f"data {data!r} is neither an existing path nor a Hub id (owner/name) nor landcover:<domain>"
+            f"{suggestion(data)}; check the spelling, or give a folder of images"
         )
     return images.subset(matching(images.names, match, data=data))
 
@@ -252,6 +257,7 @@ def folder_images(folder: Path, names: Sequence[str]) -> Images:
 
 
 def _open_folder(folder: Path) -> Images:
+    check_unnamed(folder)
     if names := image_names(folder):
         return folder_images(folder, names)
     for extension, builder in SHARDS.items():
@@ -288,37 +294,18 @@ def _open_table(data: str, builder: str, **files: str) -> Images:
         ) from error
     rows = splits["train"] if "train" in splits else max(splits.values(), key=len)
     column = _image_column(rows.features, data=data)
-    if isinstance(rows.features[column], datasets.Image):
-        rows = rows.cast_column(column, datasets.Image(decode=False))
-    rows = rows.select_columns([column])
+    rows = undecoded(rows, [column])
     folder = None if not files else Path(data) if Path(data).is_dir() else Path(data).parent
 
     def open_image(index: int) -> Image.Image:
-        cell = rows[index][column]
-        if cell is None:
-            raise ValueError("the row has no image")
-        if cell["bytes"] is not None:
-            return open_picture(BytesIO(cell["bytes"]))
-        return open_picture(Path(cell["path"]) if folder is None else _inside(folder, cell["path"]))
+        return open_picture(picture_file(rows[index][column], folder))
 
     return Images([f"{index:06d}" for index in range(len(rows))], open_image)
 
 
-def _inside(folder: Path, name: str) -> Path:
-    """The file that a table of this folder names. Raises ValueError where that is a file of somewhere else."""
-    file = folder / name
-    if not file.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"its path {name!r} leads out of the folder of the table; put the image into the table")
-    return file
-
-
 def _image_column(features: Any, *, data: str) -> str:
     """The column of images: the one called image, or the first one of that type."""
-    columns: list[str] = [
-        name
-        for name, feature in features.items()
-        if isinstance(feature, datasets.Image) or (isinstance(feature, dict) and feature.keys() == {"bytes", "path"})
-    ]
+    columns = picture_columns(features)
     if not columns:
         raise UserError(
             f"data {data!r} has no column of images, only {', '.join(features)}; give a data set with an Image column"
