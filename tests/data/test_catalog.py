@@ -534,28 +534,30 @@ def assert_rows(data: str, archive: Archive, split: str) -> None:
 def test_the_copy_on_the_hub(script: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From its tables, or those that the Hub made of it while it is a program; of one split alone."""
     archive, real, asked = ARCHIVES["ade20k"], datasets.load_dataset, []
-    folder = tmp_path / "refs" / "scene_parsing"
+    folder = tmp_path / "hub" / "scene_parsing"
     for split, theirs in (("train", "train"), ("val", "validation")):
         (folder / theirs).mkdir(parents=True)
         table(archive, split, label="annotation").to_parquet(folder / theirs / "0000.parquet")
 
     def load(name: str, config: str | None = None, **options: Any) -> Any:
-        assert name == "zhoubolei/scene_parse_150" and "trust_remote_code" not in options
-        asked.append((config, options))
-        if "revision" not in options:
-            assert config == "scene_parsing"
-            if script:
-                raise RuntimeError("Dataset scripts are no longer supported, but found scene_parse_150.py")
-            files = {options["split"]: f"scene_parsing/{options['split']}/*.parquet"}
-        else:
-            assert options["revision"] == "refs/convert/parquet"
-            files = options["data_files"]
-        return real("parquet", data_dir=str(tmp_path / "refs"), data_files=files, split=options["split"])
+        asked.append(options["split"])
+        assert "trust_remote_code" not in options
+        if name == "parquet":
+            return real(name, **options)
+        assert (name, config) == ("zhoubolei/scene_parse_150", "scene_parsing")
+        if script:
+            raise RuntimeError("Dataset scripts are no longer supported, but found scene_parse_150.py")
+        return real("parquet", data_files={options["split"]: f"{folder}/{options['split']}/*"}, **options)
+
+    def download(name: str, *, repo_type: str, revision: str, allow_patterns: str) -> str:
+        assert (name, repo_type, revision) == ("zhoubolei/scene_parse_150", "dataset", "refs/convert/parquet")
+        assert script and allow_patterns == f"scene_parsing/{asked[-1]}/*.parquet"
+        return str(tmp_path / "hub")
 
     monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr("glare.data.tables.snapshot_download", download)
     assert_rows("ade20k", archive, "val")
-    assert {options["split"] for _, options in asked} == {"validation"}
-    assert len(asked) == 1 + script
+    assert set(asked) == {"validation"} and len(asked) == 1 + script
     images = open_source("ade20k")
     assert np.array_equal(np.asarray(images.read(0)), pixels(archive.paths("train")[0], len(archive.values)))
 
@@ -565,6 +567,7 @@ def test_a_copy_on_the_hub_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch
         raise ConnectionError("Couldn't reach it\nmore")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
+    monkeypatch.setattr("glare.data.tables.snapshot_download", fail)
     expected_text = r"zhoubolei/scene_parse_150, cannot be loaded \(Couldn't reach it\); .* --data ade20k:FOLDER"
     with pytest.raises(UserError, match=expected_text):
         open_labelled("ade20k", split="val")
