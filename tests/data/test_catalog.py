@@ -626,13 +626,15 @@ def test_the_study_s_budgets_are_nested_and_leave_its_test_images_alone() -> Non
     for smaller, larger in pairwise(budgets):
         assert set(smaller) < set(larger)
     assert not set(test) & set(budgets[-1])
-    assert pets_study.study_split(names[::-1], "study:test:0") == test  # whatever the order of the list
-    others = [pets_study.study_split(names, f"study:{part}:1") for part in ("test", "250")]
-    assert set(others[0]) != set(test) and set(others[1]) != set(budgets[0])
-    assert len(set(test) & set(others[0])) < 250  # 136 are to be expected
+    assert pets_study.study_split(names[::-1], "study:250:0") == budgets[0]  # whatever the order of the list
+    other = [set(pets_study.study_split(names, f"study:{count}:1")) for count in (250, 6000)]
+    assert other[0] < other[1] and not other[1] & set(test)
+    assert len(other[0] & set(budgets[0])) < 50  # 10 are to be expected
 
 
-@pytest.mark.parametrize("split", ["study", "study:", "study:300", "study:250:x", "study:1:2:3", "study:²", "study::"])
+@pytest.mark.parametrize(
+    "split", ["study", "study:", "study:300", "study:250:x", "study:250:1:2", "study:test:1", "study:²", "study::"]
+)
 def test_splits_that_the_study_does_not_have(split: str) -> None:
     with pytest.raises(UserError, match=r"the study's are study:test and study:N with N of 250, 500"):
         pets_study.study_split(["a"] * 7349, split)
@@ -708,3 +710,23 @@ def test_fine_tuning_and_evaluation_by_name(tmp_path: Path) -> None:
 @pytest.fixture(autouse=True)
 def each_test_says_it_anew() -> None:
     _say_once.cache_clear()
+
+
+def table_row(name: str) -> str:
+    """An entry as training/README.md has it."""
+    entry = CATALOG[name]
+    counts = [
+        "-" if count is None else f"({count:,})" if split in entry.unlabelled else f"{count:,}"
+        for split, count in ((split, entry.counts.get(split)) for split in ("train", "val", "test"))
+    ]
+    data = f"{name}:DOMAIN" if not entry.layouts else name if entry.hub else f"{name}:FOLDER"
+    number = " / ".join(counts) if entry.counts else "any number"
+    return f"| `{data}` | {len(entry.classes.names)} | {number} | {entry.terms} |"
+
+
+def test_the_table_of_the_readme_is_the_catalog() -> None:
+    text = (Path(__file__).parents[2] / "training" / "README.md").read_text(encoding="utf-8")
+    rows = [
+        line for line in text.partition("## Data sets by name")[2].partition("\n## ")[0].splitlines() if "| `" in line
+    ]
+    assert rows[1:] == [table_row(name) for name in CATALOG]

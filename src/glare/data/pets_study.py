@@ -18,25 +18,31 @@ BUDGETS = (250, 500, 1000, 2000, 4000, 6000)
 
 
 def study_split(names: Sequence[str], split: str) -> list[str]:
-    """The names of ``study:test[:seed]`` or ``study:<budget>[:seed]``, seed 0 where none is given, in sorted order.
+    """The names of ``study:test`` or ``study:<budget>[:seed]``, seed 0 where none is given, in sorted order.
 
-    What is drawn depends on the set of names and on the seed alone. A budget is part of every larger one of its seed,
-    and shares no image with the test images of its seed.
+    What is drawn depends on the set of names and on the seed alone. The test images are the same for all seeds and in
+    no budget; a budget is part of every larger one of its seed.
 
     Raises:
         UserError: ``split`` is not of this form, or there are fewer images.
     """
     _, *parts = split.split(":")
     part, seed = (*parts, *("", "0")[len(parts) :])[:2]
-    if len(parts) > 2 or part not in ("test", *map(str, BUDGETS)) or not (seed.isdecimal() and seed.isascii()):
+    known = (len(parts) == 1 and part == "test") or (len(parts) < 3 and part in map(str, BUDGETS))
+    if not known or not (seed.isdecimal() and seed.isascii()):
         raise UserError(
             f"oxford_pets has no split {split!r}; the study's are study:test and study:N with N of "
-            f"{', '.join(map(str, BUDGETS))}, each with :SEED behind it if it is not 0"
+            f"{', '.join(map(str, BUDGETS))}, or study:N:SEED"
         )
     needed = TEST_IMAGES + (0 if part == "test" else int(part))
     if len(names) < needed:
         raise UserError(f"split {split!r} needs {needed:,} images, the list has {len(names):,}; use the whole archive")
-    ordered = sorted(names)
-    order = torch.randperm(len(ordered), generator=seeded(int(seed), len(ordered))).tolist()
-    drawn = order[:TEST_IMAGES] if part == "test" else order[TEST_IMAGES:needed]
-    return [ordered[index] for index in sorted(drawn)]
+    shuffled = _shuffled(sorted(names), seed=0)
+    if part == "test":
+        return sorted(shuffled[:TEST_IMAGES])
+    return sorted(_shuffled(shuffled[TEST_IMAGES:], seed=int(seed))[: int(part)])
+
+
+def _shuffled(names: list[str], *, seed: int) -> list[str]:
+    order = torch.randperm(len(names), generator=seeded(seed, len(names)))
+    return [names[index] for index in order.tolist()]
