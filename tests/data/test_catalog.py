@@ -480,8 +480,9 @@ def test_an_archive_without_its_name_is_recognised(key: str, tmp_path: Path) -> 
     archive = ARCHIVES[key]
     archive.write(tmp_path)
     title = CATALOG[archive.name].title
-    for opened in (open_source, open_labelled):
-        with pytest.raises(UserError, match=rf"looks like {title}, .* give --data {archive.name}:{tmp_path} or"):
+    for opened, otherwise in ((open_source, "the folder of its images alone"), (open_labelled, "arrange it so")):
+        hint = rf"looks like {title}, .* give --data {archive.name}:{tmp_path} or, if it is something else, {otherwise}"
+        with pytest.raises(UserError, match=hint):
             opened(str(tmp_path))
 
 

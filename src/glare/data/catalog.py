@@ -132,7 +132,8 @@ def _pascal_context() -> Entry:
         licence=licences.UNKNOWN,
         terms="none stated; photographs under flickr's terms",
         page="https://cs.stanford.edu/~roozbeh/pascal-context/",
-        archive="http://host.robots.ox.ac.uk/pascal/VOC/voc2010/VOCtrainval_03-May-2010.tar",
+        archive="http://host.robots.ox.ac.uk/pascal/VOC/voc2010/VOCtrainval_03-May-2010.tar, with the labels that "
+        "mmsegmentation's tools/dataset_converters/pascal_context.py writes",
     )
 
 
@@ -285,8 +286,11 @@ def suggestion(data: str) -> str:
     return f"; the catalog has {meant!r}" if near else ""
 
 
-def check_unnamed(folder: Path) -> None:
-    """Raise UserError if a folder that was given without a name holds a known archive, labels among its images."""
+def check_unnamed(folder: Path, *, otherwise: str) -> None:
+    """Raise UserError if a folder that was given without a name holds a known archive, labels among its images.
+
+    ``otherwise``: what to do if it only looks like that.
+    """
     for entry in CATALOG.values():
         for layout in entry.layouts:
             root = layout.tells(folder)
@@ -294,5 +298,5 @@ def check_unnamed(folder: Path) -> None:
                 raise UserError(
                     f"folder {str(folder)!r} looks like {entry.title}, with labels beside the images; give "
                     f"--data {entry.name}:{folder if root == folder.absolute() else root} or, if it is something "
-                    "else, the folder of its images alone"
+                    f"else, {otherwise}"
                 )

@@ -219,7 +219,7 @@ def _split_folder(data: Path, split: str | None) -> Path:
     if kind_of(data) != "folder":
         raise UserError(f"labelled data {str(data)!r} is not a folder{suggestion(str(data))}; {LAYOUT}")
     if not (data / "classes.json").is_file():
-        check_unnamed(data)
+        check_unnamed(data, otherwise=f"arrange it so that {LAYOUT}")
     try:
         splits = sorted(folder.name for folder in data.iterdir() if (folder / "images").is_dir())
     except OSError as error:

@@ -257,7 +257,7 @@ def folder_images(folder: Path, names: Sequence[str]) -> Images:
 
 
 def _open_folder(folder: Path) -> Images:
-    check_unnamed(folder)
+    check_unnamed(folder, otherwise="the folder of its images alone")
     if names := image_names(folder):
         return folder_images(folder, names)
     for extension, builder in SHARDS.items():
