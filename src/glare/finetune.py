@@ -67,7 +67,7 @@ class FinetuneRecipe:
     """Train a segmentation head, and what is below it, on labelled images."""
 
     model: str = required("run folder of glare pretrain, folder or Hub id of a ViT, or a PEFT adapter folder")
-    data: str = required("labelled folder, or landcover:<domain>[:count[:seed]]")
+    data: str = required("labelled folder, landcover:<domain>[:count[:seed]], or of the catalog (loveda:FOLDER)")
     output: Path = required("run folder to write")
     head: str = option("fpn", "what turns features into classes", choices=HEADS)
     pyramid: bool = option(False, "rescale the taps of the FPN to 4, 2, 1 and 1/2 of the patch grid first")

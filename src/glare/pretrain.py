@@ -63,7 +63,7 @@ class PretrainRecipe:
     """Adapt a self-supervised ViT to unlabelled images."""
 
     backbone: str = required("folder or Hub id of a ViT, 'landcover-vit', or a config.json for random weights")
-    data: str = required("folder of images, Hub id, parquet or tar shards, or landcover:<domain>[:count[:seed]]")
+    data: str = required("folder, Hub id, parquet or tar shards, landcover:<domain>[:count[:seed]], loveda:FOLDER")
     output: Path = required("run folder to write")
     match: str | None = option(None, "globs on file stems, comma-separated, ! excludes")
     objective: str = option("glare", "what is learned", choices=tuple(OBJECTIVES))
