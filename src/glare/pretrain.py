@@ -11,19 +11,21 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm import tqdm
 
-from glare import checkpoints, head_start, recipes, region_attention
+from glare import checkpoints, recipes, region_attention
 from glare.backbones import ADAPTERS, adapt, load_backbone, read_normalisation
-from glare.crops import PackedImages, fits, subset
+from glare.crops import fits
 from glare.data.cache import pack
 from glare.data.sources import open_source
 from glare.disk_space import room_for
-from glare.draws import Draws
 from glare.errors import UserError
 from glare.figures import write_report
+from glare.head_start import fit_head
 from glare.health_watch import MAY_DIFFER_ON_RESUME, HealthWatch
 from glare.model_card import write_card
 from glare.modeling_glare import GlareModel
+from glare.objectives.base import Objective
 from glare.objectives.glare import GlareObjective, GlareSettings
+from glare.objectives.simmim import SimMIMObjective
 from glare.preemption import Signals, stoppable
 from glare.pretrain_log import describe, measurements, progress_text
 from glare.pretrain_plan import Plan, derive_model, derive_optimisation, derive_steps, overlay
@@ -40,7 +42,6 @@ from glare.runtime import (
     make_accelerator,
     restore_scaler,
     scaler_state,
-    seeded,
 )
 from glare.segmenters import image_processor
 from glare.sharding import shard_blocks
@@ -48,11 +49,11 @@ from glare.shares import check_shares
 from glare.student import Student
 from glare.teacher import make_teacher
 from glare.train_state import TrainState, make_optimizer
-from glare.views import Normalisation, ViewConfig, make_views
+from glare.views import Normalisation, ViewConfig
 from glare.yaml_files import flatten
 
-OBJECTIVES = {"glare": GlareObjective}
-"""Objective -> its module; its settings are the recipe key of the same name."""
+OBJECTIVES: dict[str, type[Objective]] = {"glare": GlareObjective, "simmim": SimMIMObjective}
+"""Objective -> its module; its settings, if it has any, are the recipe key of the same name."""
 
 ANCHORED = ("uniadapter", "lora")  # adapters that leave the features without them at hand
 
@@ -145,6 +146,7 @@ def run(signals: Signals, given: Mapping[str, Any]) -> Path:
     meter = Meter(accelerator)
 
     # data, model, and the settings that depend on them
+    torch.manual_seed(recipe.seed)  # of a config.json the weights are drawn
     model, normalise = load_backbone(recipe.backbone), read_normalisation(recipe.backbone)
     source = open_source(recipe.data, match=recipe.match)
     recipe, derived = resolve(given, num_images=len(source), patch_size=model.patch_size, accelerator=accelerator)
@@ -167,9 +169,10 @@ def run(signals: Signals, given: Mapping[str, Any]) -> Path:
         if started:
             accelerator.print(started)
     resuming = recipe.resume and checkpoints.folders(recipe.output)
-    if recipe.glare.head_init == "data" and not resuming:  # a checkpoint has all that this would change
+    if student.objective.head is not None and recipe.glare.head_init == "data" and not resuming:
+        # a checkpoint has all that this would change
         fit_head(student, packed.images, recipe, accelerator, patch_size=model.patch_size, normalise=normalise)
-    teacher = make_teacher(student)
+    teacher = make_teacher(student) if student.objective.needs_teacher else student
     if recipe.compile:
         student.compile_blocks()
         teacher.compile_blocks()
@@ -236,8 +239,6 @@ def run(signals: Signals, given: Mapping[str, Any]) -> Path:
     bar.close()
     signals.release(accelerator)
     state.join()
-    accelerator.wait_for_everyone()  # one that leaves while another still writes may keep it from ending
-    accelerator.end_training()
     seconds = meter.seconds
     if accelerator.is_main_process:
         exported = watch.chosen(done)
@@ -247,6 +248,8 @@ def run(signals: Signals, given: Mapping[str, Any]) -> Path:
         save(model, state, recipe, folder, normalise)
         meter.write(folder, model, seconds=seconds, steps=done, images=len(packed.names))
         write_card(folder.path)
+    accelerator.wait_for_everyone()  # one that leaves while another still writes may keep it from ending
+    accelerator.end_training()
     return folder.path
 
 
@@ -259,15 +262,17 @@ def resolve(
     check_shares(batch_size, accelerator.num_processes, asked.gradient_accumulation_steps)
     per_epoch = max(1, num_images // batch_size)
     steps = asked.steps or (asked.epochs * per_epoch if asked.epochs else derive_steps(num_images, batch_size))
-    derived = {
+    derived: dict[str, Any] = {
         "batch_size": batch_size,
         "steps": steps,
         "freeze_last_layer_steps": min(per_epoch, steps // 10),
         **derive_optimisation(steps),
         **derive_model(steps, batch_size, patch_size=patch_size, anchored=asked.adapter in ANCHORED),
     }
+    derived = OBJECTIVES[asked.objective].derive(derived)
     known = {key: value for key, value in given.items() if value is not None}
     recipe = recipes.from_dict(PretrainRecipe, overlay(derived, known))
+    OBJECTIVES[recipe.objective].check(recipe)
     if recipe.anchor and recipe.adapter not in ANCHORED:
         raise UserError(
             f"anchor {recipe.anchor} needs the backbone without adapters, which adapter {recipe.adapter!r} changes; "
@@ -292,9 +297,8 @@ def resolve(
 
 def make_student(model: GlareModel, recipe: PretrainRecipe) -> Student:
     """The adapted backbone with a fresh objective."""
-    config = model.config.backbone_config
-    settings = getattr(recipe, recipe.objective)
-    objective = OBJECTIVES[recipe.objective](config.hidden_size, config.num_attention_heads, settings)
+    settings = getattr(recipe, recipe.objective, None)
+    objective = OBJECTIVES[recipe.objective].of(model.config.backbone_config, settings)
     mask_token = recipe.views.patch_augmentation == "mask"
     return Student(model.backbone, objective, mask_token=mask_token, anchor=recipe.anchor)
 
@@ -304,32 +308,11 @@ def prepare(
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """The student as its gradients are averaged over processes, and its optimizer."""
     if recipe.shard and accelerator.num_processes > 1:
-        shard_blocks(student.backbone)
-        shard_blocks(teacher.backbone)
+        for part in dict.fromkeys((student, teacher)):
+            shard_blocks(part.backbone)
         return student, accelerator.prepare(make_optimizer(student, recipe.weight_decay))
     wrapped, optimizer = accelerator.prepare(student, make_optimizer(student, recipe.weight_decay))
     return wrapped, optimizer
-
-
-def fit_head(
-    student: Student,
-    images: PackedImages,
-    recipe: PretrainRecipe,
-    accelerator: Accelerator,
-    *,
-    patch_size: int,
-    normalise: Normalisation,
-) -> None:
-    """Fit the fresh head to the run's first images, the same on every process."""
-    count = len(images)
-    index = next(epoch_batches(count, min(count, head_start.IMAGES), seed=recipe.seed))
-    first, draws = subset(images, index).to(accelerator.device), Draws(seeded(recipe.seed, 0), len(index))
-    views = make_views(
-        first, torch.arange(len(index)), recipe.views, patch_size=patch_size, normalise=normalise, draws=draws
-    )
-    with accelerator.autocast():
-        temperature = Plan.of(recipe).temperature_at(0)
-        head_start.start_head(student, views, temperature=temperature, draws=draws)
 
 
 def save(
