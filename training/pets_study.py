@@ -1,11 +1,12 @@
-"""Scores against label budgets after SimMIM pre-training, with and without a step of classification between.
+r"""Scores against label budgets after SimMIM pre-training, with and without a step of classification between.
 
     python training/pets_study.py --data oxford_pets:FOLDER --train-split study:{budget} --test-split study:test \
-        --pretrain 45k=imagenet_45k 200k=imagenet_200k --classify-data seg_train --classify-val seg_test --output runs/pets
+        --pretrain 45k=imagenet_45k 200k=imagenet_200k --classify-data seg_train --classify-val seg_test \
+        --output runs/pets
 
-Every run is one of ``glare pretrain``, ``classify`` and ``finetune`` with a recipe of ``training/recipes/pets`` in a folder
-of its own below --output; what is done is left out, what was stopped goes on. The scores of all fine-tunings on the
-test images are in study.json, their curves in study.png. The start "none" is the ViT of random weights.
+Every run is one of ``glare pretrain``, ``classify`` and ``finetune`` with a recipe of ``training/recipes/pets`` in a
+folder of its own below --output; what is done is left out, what was stopped goes on. The scores of all fine-tunings on
+the test images are in study.json, their curves in study.png. The start "none" is the ViT of random weights.
 
 Where --train-split has no {budget}, as many images are drawn from it with the seed, a smaller budget being part of a
 larger one. Settings of a job are changed by --set JOB.KEY=VALUE, JOB being simmim, classify or finetune.
