@@ -143,6 +143,7 @@ def run(signals: Signals, recipe: FinetuneRecipe, *, train: LabelledSet | None =
 
     # data, model, and the settings that depend on them
     train, val = (train, None) if train is not None else open_data(recipe)
+    torch.manual_seed(recipe.seed)  # of a config.json the weights are drawn
     pretrained, normalise = load_pretrained(recipe.model)
     show = accelerator.is_main_process
     packed = pack_labelled(train, strict=recipe.strict, workers=recipe.num_workers, progress=show)

@@ -29,7 +29,7 @@ LookUp = Callable[[str, str], Mapping[str, Any] | None]
 
 SETTINGS = {
     "backbone": {
-        "Objective": "{objective}, terms {glare.terms}",
+        "Objective": "{learned}",
         "Trained": "{adapter} (rank {rank}, scale {scale}, place {adapter_place})",
         "Steps": "{steps} of {batch_size} images",
         "Learning rate": "{learning_rate}, {warmup_steps} steps of warm-up, cosine to {min_learning_rate}",
@@ -91,6 +91,9 @@ def stages_of(run: Path | None) -> list[Stage]:
 def _settings(job: str, recipe: Mapping[str, Any], run: Path) -> dict[str, str]:
     """The settings of a stage for the card; those with a key that the recipe does not have are left out."""
     values = {key: written(value).replace(",", ", ") for key, value in flatten(recipe).items() if value is not None}
+    if "objective" in values:
+        terms = values.get(f"{values['objective']}.terms")
+        values["learned"] = values["objective"] + (f", terms {terms}" if terms else "")
     shown = {}
     for title, text in SETTINGS[job].items():
         filled = _filled(text, values)
