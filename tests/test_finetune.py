@@ -17,9 +17,10 @@ from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, P
 from glare import GlareForSemanticSegmentation, GlareModel, UniAdapterConfig, UserError, finetune
 from glare.cli import main as glare_main
 from glare.data.labelled import draw_images, open_labelled
+from glare.dense_inference import segment
 from glare.finetune import FinetuneRecipe, learning_rates, open_data
 from glare.finetune_plan import Plan, make_plan
-from glare.inference import load_segmenter, segment
+from glare.inference import load_segmenter
 from glare.segmenters import decays, load_pretrained, parameter_groups, select_trained
 
 ROOT = Path(__file__).parents[1]
