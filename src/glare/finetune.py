@@ -10,6 +10,7 @@ of the steps where that is less than 1500; images keep their native size, which 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -44,6 +45,7 @@ from glare.runtime import (
     restore_scaler,
     scaler_state,
 )
+from glare.seeds import repeat
 from glare.segmenters import (
     HEADS,
     TRAINED,
@@ -96,6 +98,7 @@ class FinetuneRecipe:
     test_scale: tuple[int, int] | None = option(None, "evaluation: as --base-scale, which stands where not given")
     strict: bool = option(False, "stop at the first unreadable image instead of skipping it")
     seed: int = option(0, "of all draws")
+    seeds: int = option(1, "runs, each with the next seed, in folders seed_<seed> of the output; seeds.json sums up")
     device: str = option("auto", "where to run", choices=DEVICES)
     precision: str = option("auto", "auto: bf16 where the processor has it", choices=PRECISIONS)
     checkpoint_every: int = option(500, "steps between checkpoints")
@@ -109,7 +112,7 @@ class FinetuneRecipe:
         asked(self)
         check_scale("base_scale", self.base_scale)
         every = ("eval_every", "checkpoint_every", "log_every")
-        for name in ("num_images", "steps", "batch_size", "crop_size", *every, "keep_checkpoints"):
+        for name in ("num_images", "steps", "batch_size", "crop_size", "seeds", *every, "keep_checkpoints"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; give at least 1")
@@ -123,7 +126,11 @@ class FinetuneRecipe:
 
 def main(argv: Sequence[str]) -> None:
     """Entry point of ``glare finetune`` and of ``accelerate launch training/finetune.py``."""
-    run(recipes.parse(FinetuneRecipe, argv, prog="glare finetune"))
+    recipe = recipes.parse(FinetuneRecipe, argv, prog="glare finetune")
+    if recipe.seeds > 1:
+        run_seeds(recipe)
+    else:
+        run(recipe)
 
 
 @dataclass(frozen=True)
@@ -140,7 +147,7 @@ class Job:
 @room_for("the files of the run")
 @stoppable
 def run(signals: Signals, recipe: FinetuneRecipe, *, train: LabelledSet | None = None) -> Path:
-    """Fine-tune, evaluate where there is something to evaluate on, and return the run folder.
+    """Fine-tune once, evaluate where there is something to evaluate on, and return the run folder.
 
     ``train``: images to train on in place of those the recipe names; then nothing is evaluated.
     """
@@ -219,6 +226,13 @@ def run(signals: Signals, recipe: FinetuneRecipe, *, train: LabelledSet | None =
     accelerator.wait_for_everyone()  # one that leaves while another still writes may keep it from ending
     accelerator.end_training()
     return folder.path
+
+
+def run_seeds(recipe: FinetuneRecipe) -> dict[str, Any]:
+    """Fine-tune with ``recipe.seeds`` seeds, as ``seeds.repeat`` does, and return what ``seeds.json`` holds."""
+    if open_data(recipe)[1] is None:
+        raise UserError("--seeds needs images to evaluate on: give --val-split, --val-match or --val-data")
+    return repeat(recipe, run)
 
 
 def open_data(recipe: FinetuneRecipe) -> tuple[LabelledSet, LabelledSet | None]:
