@@ -7,10 +7,10 @@ an image and its mirror image, the softmax is averaged. Both are what mmsegmenta
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import product
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import torch
@@ -30,8 +30,8 @@ WINDOW_PX = 1024  # side of the windows of larger images
 LARGEST_SIDE_PX = 2**14  # of a test scale
 PASS_PIXELS = 4 * WINDOW_PX**2  # that go through the model together
 
-REMEMBERED: dict[str, Any] = {"window": int | None, "stride": int | None, "test_scale": tuple[int, int] | None}
-"""What a model keeps of how it was evaluated, with the types."""
+REMEMBERED = ("window", "stride", "test_scale")
+"""What a model keeps of how it was evaluated."""
 
 Size = tuple[int, int]
 """(height, width) in px."""
@@ -66,6 +66,14 @@ class Sweep:
         check_scale("test_scale", self.test_scale)
         if not self.ratios or not all(0 < ratio < math.inf for ratio in self.ratios):
             raise ValueError(f"ratios is {', '.join(map(str, self.ratios)) or 'empty'}; give factors above 0")
+
+    @property
+    def described(self) -> str:
+        """How, for people."""
+        parts = ["at their native size" if self.test_scale is None else "fitted to {} x {} px".format(*self.test_scale)]
+        parts += [f"in windows of {self.window} px"] * (self.window is not None)
+        parts += [f"at {' and '.join(f'{ratio:g}' for ratio in self.ratios)} times that size"] * (self.ratios != (1,))
+        return ", ".join(parts + ["mirrored, too"] * self.flip)
 
     def sizes(self, size: Size) -> list[Size]:
         """The sizes at which an image of ``size`` is segmented."""
@@ -105,11 +113,18 @@ def asked(given: Any) -> Sweep:
 def sweep_of(model: PreTrainedModel) -> Sweep:
     """How a model is used where its user says nothing: as ``remember`` noted. Raises ValueError for a broken note."""
     said = getattr(model.config, "inference", None) or {}
+    if not isinstance(said, dict) or not set(said) <= set(REMEMBERED):
+        raise ValueError("inference in config.json is not made of window, stride and test_scale")
+    return read_sweep(said)
+
+
+def read_sweep(said: Mapping[str, Any]) -> Sweep:
+    """A Sweep of values as JSON has them; keys left out keep their defaults. Raises ValueError for other values."""
+    types = get_type_hints(Sweep)
     try:
-        values = {key: read(annotation, said.get(key)) for key, annotation in REMEMBERED.items()}
-    except (MismatchError, AttributeError):
-        raise ValueError("inference in config.json is not made of window, stride and test_scale") from None
-    return Sweep(**values)
+        return Sweep(**{key: read(types[key], value) for key, value in said.items()})
+    except (KeyError, MismatchError):
+        raise ValueError(f"{dict(said)} does not say how images are segmented ({', '.join(types)})") from None
 
 
 def remember(model: PreTrainedModel, sweep: Sweep) -> None:

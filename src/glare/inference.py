@@ -138,6 +138,8 @@ def load_segmenter(name: str, *, device: torch.device) -> tuple[PreTrainedModel,
         raise UserError(f"model {name!r} is a {built} without segmentation head; run glare finetune on it first")
     with explained("model", name, "give a model whose config.json is as glare finetune has written it"):
         _check_config(model)
+    if config.model_type == "upernet":
+        model.auxiliary_head = None  # has a part in training alone, and would be computed
     return model.to(device).eval(), read_normalisation(name)
 
 

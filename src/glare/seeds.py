@@ -19,8 +19,8 @@ FACTS = ("num_images", "data", "split", "match", "inference", "versions")
 def repeat(recipe: Any, run: Callable[[Any], object]) -> dict[str, Any]:
     """Do a job with ``recipe.seeds`` seeds, one after another, and sum up its ``eval.json`` in ``seeds.json``.
 
-    ``recipe`` has ``seed``, ``seeds``, ``output``, ``resume``, ``device`` and ``precision``; ``run`` does it once. The
-    runs go into folders ``seed_<seed>`` of the output. With ``resume``, those that have their scores are not done again,
+    ``recipe`` has ``seed``, ``seeds``, ``output``, ``resume``, ``device`` and ``precision``; ``run`` does it once.
+    The runs go into folders ``seed_<seed>`` of the output. With ``resume``, those with scores are not done again,
     and one that was stopped goes on. Returns the ``summary``; raises UserError for runs of different recipes.
     """
     RunFolder.check(recipe.output, resume=recipe.resume)
