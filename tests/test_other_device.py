@@ -303,7 +303,7 @@ def fine_tuned(head: str, device: torch.device, folder: Path) -> SegmenterState:
 @pytest.mark.parametrize("head", ["fpn", "linear"])
 def test_steps_of_fine_tuning_and_evaluation(head: str, data: LabelledSet, tmp_path: Path) -> None:
     pixels = torch.randint(0, 256, (1, 24, 20, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    settings: dict[str, Any] = {"normalise": Normalisation(), "sweep": Sweep(16, 12)}
+    settings: dict[str, Any] = {"normalise": Normalisation(), "sweep": Sweep(16, 12, (40, 28), (1.0, 1.5), True)}
     with other_device():
         ends, maps, counts = [], [], []
         for device in places():
