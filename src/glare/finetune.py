@@ -9,6 +9,7 @@ of the steps where that is less than 1500; images keep their native size, which 
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,10 +147,11 @@ class Job:
 
 @room_for("the files of the run")
 @stoppable
-def run(signals: Signals, recipe: FinetuneRecipe, *, train: LabelledSet | None = None) -> Path:
+def run(signals: Signals, recipe: FinetuneRecipe, *, train: LabelledSet | None = None, more: bool = False) -> Path:
     """Fine-tune once, evaluate where there is something to evaluate on, and return the run folder.
 
-    ``train``: images to train on in place of those the recipe names; then nothing is evaluated.
+    ``train``: images to train on in place of those the recipe names; then nothing is evaluated. ``more``: the processes
+    stay together, as another run follows.
     """
     RunFolder.check(recipe.output, resume=recipe.resume)
     accelerator = make_accelerator(
@@ -224,7 +226,11 @@ def run(signals: Signals, recipe: FinetuneRecipe, *, train: LabelledSet | None =
     if folder.write:
         write_card(folder.path)
     accelerator.wait_for_everyone()  # one that leaves while another still writes may keep it from ending
-    accelerator.end_training()
+    if more:
+        for tracker in accelerator.trackers:
+            tracker.finish()
+    else:
+        accelerator.end_training()
     return folder.path
 
 
@@ -232,7 +238,7 @@ def run_seeds(recipe: FinetuneRecipe) -> dict[str, Any]:
     """Fine-tune with ``recipe.seeds`` seeds, as ``seeds.repeat`` does, and return what ``seeds.json`` holds."""
     if open_data(recipe)[1] is None:
         raise UserError("--seeds needs images to evaluate on: give --val-split, --val-match or --val-data")
-    return repeat(recipe, run)
+    return repeat(recipe, partial(run, more=True))
 
 
 def open_data(recipe: FinetuneRecipe) -> tuple[LabelledSet, LabelledSet | None]:

@@ -19,9 +19,10 @@ FACTS = ("num_images", "data", "split", "match", "inference", "versions")
 def repeat(recipe: Any, run: Callable[[Any], object]) -> dict[str, Any]:
     """Do a job with ``recipe.seeds`` seeds, one after another, and sum up its ``eval.json`` in ``seeds.json``.
 
-    ``recipe`` has ``seed``, ``seeds``, ``output``, ``resume``, ``device`` and ``precision``; ``run`` does it once.
-    The runs go into folders ``seed_<seed>`` of the output. With ``resume``, those with scores are not done again,
-    and one that was stopped goes on. Returns the ``summary``; raises UserError for runs of different recipes.
+    ``recipe`` has ``seed``, ``seeds``, ``output``, ``resume``, ``device`` and ``precision``; ``run`` does it once and
+    leaves the processes together. The runs go into folders ``seed_<seed>`` of the output. With ``resume``, those that
+    have scores are not done again, and one that was stopped goes on. Returns the ``summary``; raises UserError for runs
+    of different recipes.
     """
     RunFolder.check(recipe.output, resume=recipe.resume)
     seeds = range(recipe.seed, recipe.seed + recipe.seeds)
@@ -42,6 +43,8 @@ def repeat(recipe: Any, run: Callable[[Any], object]) -> dict[str, Any]:
     if folder.write:
         print(table(found))
         atomic_write_json(folder.path / "seeds.json", found)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
     return found
 
 
