@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_res
 
 from glare import licences
 from glare.comparison_words import verdicts_in
+from glare.dense_inference import Sweep, read_sweep
 from glare.errors import UserError, first_line, redacted
 from glare.json_files import read_json
 from glare.licences import Licence
@@ -68,6 +69,7 @@ class Evaluation:
     split: str | None
     match: str | None
     seed: int | None
+    sweep: Sweep
 
     @property
     def described(self) -> str:
@@ -75,7 +77,7 @@ class Evaluation:
         part = f", split {self.split}" if self.split else ""
         part += f", files {self.match}" if self.match else ""
         seed = "" if self.seed is None else f"; the training had seed {self.seed}"
-        return f"On {self.num_images} images of {escape(self.data + part)}, at their native size{seed}."
+        return f"On {self.num_images} images of {escape(self.data + part)}, {self.sweep.described}{seed}."
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,7 @@ def _evaluation(publication: Publication, own: str | None, said: Said) -> Evalua
             split=_text(values.get("split")),
             match=_text(values.get("match")),
             seed=values.get("seed"),
+            sweep=read_sweep(values.get("inference", {})),
         )
     except KeyError as error:
         raise UserError(f"{file} has no {error}; write it again with `glare evaluate --json`") from None
