@@ -108,6 +108,7 @@ def wait_until(pids: Sequence[int], *, seconds: float) -> None:
 
 
 def _serve() -> None:
+    """Import all but glare.hub, whose waiting a program may replace before it imports it; then fork as asked."""
     import torch
     from PIL import Image
     from tiny_models import tiny_vit
@@ -116,7 +117,6 @@ def _serve() -> None:
     import glare.convert
     import glare.export
     import glare.finetune
-    import glare.hub
     import glare.inspect
     import glare.pretrain  # noqa: F401
 
