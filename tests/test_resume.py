@@ -17,7 +17,7 @@ from small_runs import arguments, assert_same_run, logged, ranks_of_two, write_i
 
 from glare.checkpoints import TENSORS, folders, read, step_of
 
-POLL_SECONDS = 0.0005
+POLL_SECONDS = 0.001
 
 
 @pytest.fixture(scope="module")
