@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forks import Forks
 from labelled_samples import CLASSES, write_labelled
 from PIL import Image
 from safetensors.torch import load_file
@@ -356,16 +357,13 @@ def test_a_resumed_run_must_be_the_same_one(recipe: FinetuneRecipe) -> None:
         finetune.run(replace(recipe, steps=4, head="linear", resume=True, warmup_steps=0))
 
 
-def test_the_entry_points_people_use(recipe: FinetuneRecipe, tmp_path: Path) -> None:
-    def glare(*argv: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, *map(str, argv)]
-        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-
+def test_the_entry_points_people_use(recipe: FinetuneRecipe, tmp_path: Path, forks: Forks) -> None:
     run = tmp_path / "run"
-    argv = ["--model", recipe.model, "--data", recipe.data, "--output", run, "--steps", 2, "--crop-size", 16]
-    done = glare(ROOT / "training" / "finetune.py", *argv)
+    argv = ["--model", recipe.model, "--data", recipe.data, "--output", str(run), "--steps", "2", "--crop-size", "16"]
+    command = [sys.executable, str(ROOT / "training" / "finetune.py"), *argv]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     assert "mIoU" in done.stdout and "images/s" in done.stderr and "Traceback" not in done.stderr
-    again = glare("-m", "glare", "finetune", *argv)
+    again = forks.run("finetune", *argv, folder=tmp_path)
     assert again.returncode == 2
     assert again.stderr.splitlines()[-1].startswith(f"glare finetune: error: the output folder {run} is in use")

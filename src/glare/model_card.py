@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,12 @@ def card(facts: Facts) -> str:
 
 
 def _rendered(facts: Facts) -> str:
+    text = _template().render(**_context(facts))
+    return f"---\n{metadata(facts).to_yaml()}\n---\n\n" + re.sub(r"\n{3,}", "\n\n", text)
+
+
+@cache
+def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(ASSETS),
         trim_blocks=True,
@@ -208,8 +215,7 @@ def _rendered(facts: Facts) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {"percent": percent, "escape_markdown": escape, "licence": _licence_text}
-    text = environment.get_template("model_card.md").render(**_context(facts))
-    return f"---\n{metadata(facts).to_yaml()}\n---\n\n" + re.sub(r"\n{3,}", "\n\n", text)
+    return environment.get_template("model_card.md")
 
 
 def _context(facts: Facts) -> dict[str, Any]:
