@@ -43,8 +43,8 @@ from glare.runtime import (
     scaler_state,
 )
 from glare.segmenters import image_processor
-from glare.sharding import shard_blocks
-from glare.shares import check_shares
+from glare.sharding import check_precision, shard_blocks
+from glare.shares import check_shares, same_everywhere
 from glare.student import Student
 from glare.teacher import make_teacher
 from glare.train_state import TrainState, make_optimizer
@@ -147,6 +147,8 @@ def run(signals: Signals, given: Mapping[str, Any]) -> Path:
     accelerator = make_accelerator(
         device=recipe.device, precision=recipe.precision, report_to=recipe.report_to, output=recipe.output
     )
+    if recipe.shard:
+        check_precision(accelerator)
     meter = Meter(accelerator)
 
     # data, model, and the settings that depend on them
@@ -168,6 +170,7 @@ def run(signals: Signals, given: Mapping[str, Any]) -> Path:
     resuming = recipe.resume and checkpoints.folders(recipe.output)
     if recipe.glare.head_init == "data" and not resuming:  # a checkpoint has all that this would change
         fit_head(student, feed.sample, recipe, accelerator, patch_size=model.patch_size, normalise=normalise)
+    same_everywhere(student.objective)
     teacher = make_teacher(student)
     if recipe.compile:
         student.compile_blocks()
