@@ -142,8 +142,13 @@ def test_on_request_it_only_warns(given: Given) -> None:
 
 
 def test_no_checkpoint_is_written_while_the_run_is_suspect(given: Given, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(health_watch.alarms, "over_limit", lambda _, line: line["step"] in (4, 5))
-    assert checkpoints(pretrain.run(given("run", checkpoint_every=1))) == [3, 6]
+    above = {4: "diverged: at 4", 5: "diverged: at 5"}
+    monkeypatch.setattr(health_watch.alarms, "over_limit", lambda _, line: above.get(line["step"]))
+    with pytest.warns(UserWarning, match="no checkpoint is written") as caught:
+        folder = pretrain.run(given("run", checkpoint_every=1))
+    assert checkpoints(folder) == [3, 6]
+    said = [str(warning.message) for warning in caught if "no checkpoint" in str(warning.message)]
+    assert said == [f"step {n}: no checkpoint is written, as the run may have diverged: at {n}" for n in (4, 5)]
 
 
 def test_gradients_that_are_not_finite_stop_the_run_before_a_checkpoint(
