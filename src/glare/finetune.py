@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from glare import recipes
+from glare import ranges, recipes
 from glare.data.labelled import LabelledSet, PackedLabelled, draw_images, open_labelled, pack_labelled
 from glare.disk_space import room_for
 from glare.errors import UserError
@@ -104,13 +104,7 @@ class FinetuneRecipe:
 
     def __post_init__(self) -> None:
         Tiling(self.window, self.stride)
-        every = ("eval_every", "checkpoint_every", "log_every")
-        for name in ("num_images", "steps", "batch_size", "crop_size", *every, "keep_checkpoints"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; give at least 1")
-        if not 0 < self.scale[0] <= self.scale[1]:
-            raise ValueError(f"scale is {self.scale}; give two factors above 0, the lower one first")
+        ranges.check(self)
 
 
 def main(argv: Sequence[str]) -> None:

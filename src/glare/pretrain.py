@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm import tqdm
 
-from glare import checkpoints, recipes, region_attention
+from glare import checkpoints, ranges, recipes, region_attention
 from glare.backbones import ADAPTERS, adapt, load_backbone, read_normalisation
 from glare.data.sources import Images
 from glare.disk_space import room_for
@@ -81,7 +81,7 @@ class PretrainRecipe:
     min_learning_rate: float = option(1e-6, "at the end of the cosine")
     warmup_steps: int | None = option(None, "linear warm-up; derived where not given")
     weight_decay: float = option(0.1, "of matrices; biases and norms have none")
-    clip: float = option(3.0, "largest gradient norm of each parameter")
+    clip: float = option(3.0, "largest gradient norm of each parameter; 0 for no clipping")
     freeze_last_layer_steps: int | None = option(None, "steps in which prototypes hold; an epoch, at most a tenth")
     head_warmup_steps: int = option(0, "steps in which only the objective's heads learn")
     anchor: float = option(0.0, "weight of a term that holds patches near their features without adapters")
@@ -124,9 +124,7 @@ class PretrainRecipe:
     glare: GlareSettings = option(GlareSettings(), "objective")
 
     def __post_init__(self) -> None:
-        for name in ("checkpoint_every", "keep_checkpoints", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; give at least 1")
+        ranges.check(self)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -262,11 +260,15 @@ def resolve(
     asked = recipes.from_dict(PretrainRecipe, given)
     if num_images is None and asked.steps is None:
         raise UserError(f"how many images {asked.data!r} has is not known before it is streamed; give --steps")
-    batch_size = asked.batch_size or min(num_images or LARGE, 8 if accelerator.device.type == "cpu" else 64)
+    batch_size = asked.batch_size
+    if batch_size is None:
+        batch_size = min(num_images or LARGE, 8 if accelerator.device.type == "cpu" else 64)
     check_shares(batch_size, accelerator.num_processes, asked.gradient_accumulation_steps)
     count = num_images or LARGE * batch_size
     per_epoch = max(1, count // batch_size)
-    steps = asked.steps or (asked.epochs * per_epoch if asked.epochs else derive_steps(count, batch_size))
+    steps = asked.steps
+    if steps is None:
+        steps = derive_steps(count, batch_size) if asked.epochs is None else asked.epochs * per_epoch
     derived = {
         "batch_size": batch_size,
         "steps": steps,
@@ -281,8 +283,6 @@ def resolve(
             f"anchor {recipe.anchor} needs the backbone without adapters, which adapter {recipe.adapter!r} changes; "
             "give --adapter uniadapter or lora, or leave anchor out"
         )
-    if recipe.patience is not None and recipe.patience < 1:
-        raise UserError(f"patience is {recipe.patience}; give the number of steps, at least 1, or leave it out")
     if recipe.select == "health" and recipe.checkpoint_every >= steps:
         raise UserError(
             f"select health chooses among checkpoints, and with checkpoint_every {recipe.checkpoint_every} a run of "
