@@ -13,6 +13,7 @@ from torch import nn
 from tqdm import tqdm
 
 from glare import checkpoints, ranges, recipes, region_attention
+from glare.agreement import check_agreement
 from glare.backbones import ADAPTERS, adapt, load_backbone, read_normalisation
 from glare.data.sources import Images
 from glare.disk_space import room_for
@@ -31,7 +32,9 @@ from glare.pretrain_plan import Plan, derive_model, derive_optimisation, derive_
 from glare.pretrain_step import cut_views, train_step
 from glare.price import Meter, trained_parameters
 from glare.recipes import option, required
+from glare.resuming import frozen_digest
 from glare.run_folder import RunFolder
+from glare.run_lock import released
 from glare.runtime import (
     DEVICES,
     PRECISIONS,
@@ -133,6 +136,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 @room_for("the files of the run")
+@released()
 @stoppable
 def run(signals: Signals, given: Mapping[str, Any]) -> Path:
     """Adapt; ``given`` are the recipe keys the user set, the others are derived from the data or the paper's.
@@ -153,12 +157,14 @@ def run(signals: Signals, given: Mapping[str, Any]) -> Path:
     num_images = len(source) if isinstance(source, Images) else None
     recipe, derived = resolve(given, num_images=num_images, patch_size=model.patch_size, accelerator=accelerator)
     plan, feed = Plan.of(recipe), open_feed(source, recipe, accelerator)
+    check_agreement(accelerator, recipe, feed.names)
     accelerator.print(describe(plan, feed, derived))
 
     # student, teacher, optimizer
     torch.manual_seed(recipe.seed)
     model = adapt(model, recipe.adapter, rank=recipe.rank, scale=recipe.scale, place=recipe.adapter_place)
     student = make_student(model, recipe).to(accelerator.device)
+    frozen = frozen_digest(student.backbone)
     if isinstance(student.objective, GlareObjective):
         started = region_attention.start(student.objective.cross_attention, recipe.backbone)
         if started:
@@ -176,7 +182,9 @@ def run(signals: Signals, given: Mapping[str, Any]) -> Path:
 
     # run folder, resume
     folder = RunFolder.create(recipe.output, resume=recipe.resume, write=accelerator.is_main_process)
-    checkpoint, changes = folder.begin(recipe, images=feed.names, may_differ=MAY_DIFFER_ON_RESUME)
+    checkpoint, changes = folder.begin(
+        recipe, images=feed.names, frozen=frozen, derived=derived, may_differ=MAY_DIFFER_ON_RESUME
+    )
     for change in changes:
         accelerator.print(f"resumed with another recipe: {change}")
     accelerator.init_trackers("")
