@@ -82,7 +82,7 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("head", ["linear", "fpn"])
+@pytest.mark.parametrize("head", ["linear", "pixel", "fpn"])
 def test_a_learnable_task_is_learned(recipe: FinetuneRecipe, head: str) -> None:
     run = finetune.run(replace(recipe, head=head, steps=40, batch_size=8, learning_rate=1e-2))
     assert np.mean(losses(run)[-5:]) < 0.5 * np.mean(losses(run)[:3])
@@ -327,7 +327,7 @@ def test_mistakes_are_named_before_anything_is_written(
         ("scale=2,1", "scale is 2.0,1.0; give the lower one first"),
         ("window=4", None),
         ("stride=2000", "stride is 2000; give 1 to 1024"),
-        ("head=unet", "head is 'unet'; choose from fpn, linear, upernet"),
+        ("head=unet", "head is 'unet'; choose from fpn, linear, pixel, upernet"),
     ],
 )
 def test_values_are_checked(argument: str, message: str | None, capsys: pytest.CaptureFixture[str]) -> None:

@@ -115,7 +115,7 @@ def test_views(kind: str) -> None:
 @pytest.mark.parametrize("resident", [True, False])
 def test_batches_of_packed_images_that_live_there_or_not(resident: bool, tmp_path: Path) -> None:
     config = ViewConfig(num_local=1, global_size=16, local_size=8)
-    settings: dict[str, Any] = {"seed": 0, "step": 1, "patch_size": 4, "normalise": Normalisation()}
+    settings: dict[str, Any] = {"batch_size": 2, "seed": 0, "step": 1, "patch_size": 4, "normalise": Normalisation()}
     with other_device():
         made = [
             cut_views(images(pack), torch.tensor([2, 0]), config, accelerate(device, tmp_path), **settings)
@@ -128,7 +128,7 @@ def test_a_resident_pack_is_not_packed_anew(monkeypatch: pytest.MonkeyPatch, tmp
     """Its tensors name the index of their device, the accelerator's device may name none."""
     monkeypatch.setattr("glare.pretrain_step.subset", None)
     config = ViewConfig(num_local=1, global_size=16, local_size=8)
-    settings: dict[str, Any] = {"seed": 0, "step": 1, "patch_size": 4, "normalise": Normalisation()}
+    settings: dict[str, Any] = {"batch_size": 2, "seed": 0, "step": 1, "patch_size": 4, "normalise": Normalisation()}
     with other_device():
         accelerator = accelerate(OTHER, tmp_path)
         cut_views(images(OTHER), torch.tensor([2, 0]), config, accelerator, **settings)

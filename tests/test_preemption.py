@@ -73,7 +73,7 @@ def test_the_step_is_finished_and_saved(
     assert_same_run(run, straight)
 
 
-@pytest.mark.parametrize(("job", "reading"), [(pretrain, "pack"), (finetune, "pack_labelled")])
+@pytest.mark.parametrize(("job", "reading"), [(pretrain, "open_feed"), (finetune, "pack_labelled")])
 def test_before_the_first_step_a_run_ends_at_once(
     inputs: Path,
     tmp_path: Path,

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from glare import pretrain, ranges
+from glare.classify import ClassifyRecipe
 from glare.errors import UserError
 from glare.finetune import FinetuneRecipe
 from glare.pretrain import PretrainRecipe
@@ -24,6 +25,7 @@ ELSEWHERE = {"window", "stride"}
 NEEDED: dict[type[Any], dict[str, Any]] = {
     PretrainRecipe: {"backbone": "b", "data": "d", "output": Path("o")},
     FinetuneRecipe: {"model": "m", "data": "d", "output": Path("o")},
+    ClassifyRecipe: {"model": "m", "data": "d", "output": Path("o")},
 }
 
 

@@ -1,10 +1,13 @@
 """Every recipe that is shipped can be read by its job, and the paper's hold the paper's numbers."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from accelerate import Accelerator
 
+from glare.backbones import load_backbone
+from glare.classify import ClassifyRecipe
 from glare.finetune import FinetuneRecipe
 from glare.pretrain import PretrainRecipe, resolve
 from glare.pretrain_plan import Plan
@@ -16,10 +19,17 @@ PRETRAIN = ["--backbone", "b", "--data", "d", "--output", "o"]
 FINETUNE = ["--model", "m", "--data", "d", "--output", "o"]
 
 
+def job_of(file: Path) -> type[Any]:
+    if file.stem.startswith(("fpn_", "finetune")):
+        return FinetuneRecipe
+    return ClassifyRecipe if file.stem == "classify" else PretrainRecipe
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(RECIPES)))
 def test_the_recipe_is_read_and_its_header_has_the_command(file: Path) -> None:
-    job, given = (FinetuneRecipe, FINETUNE) if file.name.startswith("fpn_") else (PretrainRecipe, PRETRAIN)
-    parse(job, ["--recipe", str(file), *given], prog="test")
+    parse(
+        job_of(file), ["--recipe", str(file), *(PRETRAIN if job_of(file) is PretrainRecipe else FINETUNE)], prog="test"
+    )
     header = [line for line in file.read_text().splitlines() if line.startswith("#")]
     assert any(str(file.relative_to(RECIPES.parents[1])) in line for line in header)
 
@@ -45,3 +55,12 @@ def test_the_measured_settings_are_what_is_derived(name: str, images: int) -> No
     sizes = {"num_images": images, "patch_size": 14, "accelerator": Accelerator(cpu=True)}
     needed = {"backbone": "b", "data": "d", "output": Path("o")}
     assert resolve(needed, **sizes)[0] == resolve({**needed, **written}, **sizes)[0]
+
+
+def test_the_study_of_pets_masks_half_of_64_patches_of_a_vit_of_2_5_million_weights() -> None:
+    given = {**read_yaml(RECIPES / "pets" / "simmim.yaml", PretrainRecipe), "data": "d", "output": Path("o")}
+    recipe, _ = resolve(given, num_images=45_000, patch_size=16, accelerator=Accelerator(cpu=True))
+    assert recipe.steps == 50 * (45_000 // 128)
+    assert recipe.views.global_size // 16 == 8 and recipe.views.patch_ratio == (0.5, 0.5)
+    vit = load_backbone(str(RECIPES / "pets" / "vit.json"))
+    assert sum(parameter.numel() for parameter in vit.parameters()) == pytest.approx(2.5e6, rel=0.02)

@@ -18,11 +18,11 @@ from transformers import PreTrainedModel
 
 from glare import recipes
 from glare.data.labelled import LabelledSet, open_labelled
+from glare.data.labelled import default_split as default_split
 from glare.data.sources import BadImage
 from glare.errors import UserError
 from glare.inference import DEFAULT_TILING, Tiling, class_names, load_segmenter, logits
 from glare.metrics import SegmentationScores, confusion_matrix
-from glare.paths import local_path
 from glare.recipes import option, required
 from glare.run_folder import atomic_write_json, run_folder_of
 from glare.runtime import DEVICES, PRECISIONS, make_accelerator
@@ -42,8 +42,8 @@ class EvaluateRecipe:
     """Measure a segmentation model on labelled images."""
 
     model: str = required(help="run folder of glare finetune, its model folder, or a Hub id")
-    data: str = required(help="labelled folder, or landcover:<domain>[:count[:seed]]")
-    split: str | None = option(None, "sub-folder of the data; val where there is one")
+    data: str = required(help="labelled folder, landcover:<domain>[:count[:seed]], or of the catalog (loveda:FOLDER)")
+    split: str | None = option(None, "sub-folder of the data or split of the catalog; val where there is one")
     match: str | None = option(None, "globs on file stems, comma-separated, ! excludes")
     json: Path | None = option(None, "file to write the scores to")
     window: int | None = option(None, "side in px of sliding windows; by default only above 1536 px, of 1024 px")
@@ -78,11 +78,6 @@ def run(recipe: EvaluateRecipe) -> SegmentationScores:
         entry = describe(scores, num_images=num_images, seed=training_seed(recipe.model), about=about)
         atomic_write_json(recipe.json, entry)
     return scores
-
-
-def default_split(data: str, name: str) -> str | None:
-    """``name`` if the labelled folder has a split of this name, else None."""
-    return name if (local_path(data) / name / "images").is_dir() else None
 
 
 def evaluate(

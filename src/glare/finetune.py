@@ -70,7 +70,7 @@ class FinetuneRecipe:
     """Train a segmentation head, and what is below it, on labelled images."""
 
     model: str = required("run folder of glare pretrain, folder or Hub id of a ViT, or a PEFT adapter folder")
-    data: str = required("labelled folder, or landcover:<domain>[:count[:seed]]")
+    data: str = required("labelled folder, landcover:<domain>[:count[:seed]], or of the catalog (loveda:FOLDER)")
     output: Path = required("run folder to write")
     head: str = option("fpn", "what turns features into classes", choices=HEADS)
     pyramid: bool = option(False, "rescale the taps of the FPN to 4, 2, 1 and 1/2 of the patch grid first")
@@ -141,6 +141,7 @@ def run(signals: Signals, recipe: FinetuneRecipe, *, train: LabelledSet | None =
 
     # data, model, and the settings that depend on them
     train, val = (train, None) if train is not None else open_data(recipe)
+    torch.manual_seed(recipe.seed)  # of a config.json the weights are drawn
     pretrained, normalise = load_pretrained(recipe.model)
     show = accelerator.is_main_process
     packed = pack_labelled(train, strict=recipe.strict, workers=recipe.num_workers, progress=show)

@@ -53,8 +53,10 @@ def start_head(student: Student, views: Views, *, temperature: float, draws: Dra
         temperature: of the teacher at the first step.
         draws: of these images, for the objective.
     """
+    head = student.objective.head
+    assert head is not None
     features = student.target_features(views)
-    whiten(student.objective.head, torch.cat([features.patches.flatten(0, 2), features.cls.flatten(0, 1)]))
+    whiten(head, torch.cat([features.patches.flatten(0, 2), features.cls.flatten(0, 1)]))
     places = student.objective.places(features, views, draws)
     terms = student(views, features, places, counts=places.counts(), target=student, temperature=temperature)
     student.objective.update(terms.batch_sums, momentum=0.0)

@@ -58,7 +58,7 @@ class HealthWatch:
     def __init__(
         self, settings: WatchSettings, check: HealthCheck | None, accelerator: Accelerator, *, prototypes: int
     ) -> None:
-        """``check``: on the main process at least; ``prototypes`` are those of the objective's head."""
+        """``check``: on the main process at least; ``prototypes`` are those of the objective's head, if it has one."""
         self.settings, self.check, self.accelerator, self.prototypes = settings, check, accelerator, prototypes
         self.healthy, self.enough = True, False
         self.latest: dict[str, float] = {}
@@ -81,7 +81,8 @@ class HealthWatch:
             size = recipe.views.global_size
             views = check_views(images, batch_size=recipe.batch_size, size=size, normalise=normalise)
             check = HealthCheck.of(student.backbone, views.to(accelerator.device), accelerator)
-        prototypes = len(student.objective.head.last_layer.weight_g)
+        head = student.objective.head
+        prototypes = len(head.last_layer.weight_g) if head is not None else 0
         return cls(WatchSettings.of(recipe), check, accelerator, prototypes=prototypes)
 
     @property

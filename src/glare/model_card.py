@@ -155,7 +155,7 @@ def _evaluation(publication: Publication, own: str | None, said: Said) -> Evalua
         return None
     values = read_json(file)
     data = str(values.get("data"))
-    name = public_name(data) if "/" in data and not looks_like_hub_id(data) else data
+    name = data if looks_like_hub_id(data) else public_name(data)
     try:
         return Evaluation(
             scores={key: _score(values[key]) for key in SCORES},

@@ -251,7 +251,7 @@ class GlareBackbone(BackboneMixin, GlareModel):
 
 
 class GlareForSemanticSegmentation(GlarePreTrainedModel):
-    """GlareModel with a segmentation head, linear or semantic FPN."""
+    """GlareModel with a segmentation head: linear, linear to pixels or semantic FPN."""
 
     _auto_class = "AutoModelForSemanticSegmentation"
 
@@ -288,17 +288,18 @@ class GlareForSemanticSegmentation(GlarePreTrainedModel):
     ) -> SemanticSegmenterOutput:
         """Segment images (b, 3, height, width).
 
-        `logits` are (b, classes, rows, columns) on the grid of patches, four times finer with the pyramid.
+        `logits` are (b, classes, rows, columns) on the grid of patches, four times finer with the pyramid, and as fine
+        as the images with the head "pixel".
         With `labels` (b, height, width) of class numbers, `loss` is the cross-entropy of the logits upsampled
         to them, averaged over the labels other than `config.ignore_index`, and 0 if there are none.
         """
-        linear = self.config.head == "linear"
+        final = self.config.head != "fpn"
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        outputs = self.glare(pixel_values, output_hidden_states=output_hidden_states or not linear, **kwargs)
+        outputs = self.glare(pixel_values, output_hidden_states=output_hidden_states or not final, **kwargs)
         taps = (
             [outputs.last_hidden_state]
-            if linear
+            if final
             else [outputs.hidden_states[block + 1] for block in self.config.out_indices]
         )
         logits = self.head([self.glare.patch_maps(tokens, pixel_values) for tokens in taps])

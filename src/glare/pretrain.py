@@ -25,7 +25,9 @@ from glare.health_watch import MAY_DIFFER_ON_RESUME, HealthWatch
 from glare.model_card import write_card
 from glare.model_sizes import oversize
 from glare.modeling_glare import GlareModel
+from glare.objectives.base import Objective
 from glare.objectives.glare import GlareObjective, GlareSettings
+from glare.objectives.simmim import SimMIMObjective
 from glare.preemption import Signals, stoppable
 from glare.pretrain_log import describe, measurements, progress_text
 from glare.pretrain_plan import Plan, derive_model, derive_optimisation, derive_steps, overlay
@@ -54,8 +56,8 @@ from glare.train_state import TrainState, make_optimizer
 from glare.views import Normalisation, ViewConfig
 from glare.yaml_files import flatten
 
-OBJECTIVES = {"glare": GlareObjective}
-"""Objective -> its module; its settings are the recipe key of the same name."""
+OBJECTIVES: dict[str, type[Objective]] = {"glare": GlareObjective, "simmim": SimMIMObjective}
+"""Objective -> its module; its settings, if it has any, are the recipe key of the same name."""
 
 LARGE = 10**6  # batches in a pass over a table that nobody has counted
 ANCHORED = ("uniadapter", "lora")  # adapters that leave the features without them at hand
@@ -66,7 +68,7 @@ class PretrainRecipe:
     """Adapt a self-supervised ViT to unlabelled images."""
 
     backbone: str = required("folder or Hub id of a ViT, 'landcover-vit', or a config.json for random weights")
-    data: str = required("folder of images, Hub id, parquet or tar shards, or landcover:<domain>[:count[:seed]]")
+    data: str = required("folder, Hub id, parquet or tar shards, landcover:<domain>[:count[:seed]], loveda:FOLDER")
     output: Path = required("run folder to write")
     match: str | None = option(None, "globs on file stems, comma-separated, ! excludes")
     objective: str = option("glare", "what is learned", choices=tuple(OBJECTIVES))
@@ -152,6 +154,7 @@ def run(signals: Signals, given: Mapping[str, Any]) -> Path:
     meter = Meter(accelerator)
 
     # data, model, and the settings that depend on them
+    torch.manual_seed(recipe.seed)  # of a config.json the weights are drawn
     model, normalise = load_backbone(recipe.backbone), read_normalisation(recipe.backbone)
     source = open_images(recipe.data, match=recipe.match, streaming=recipe.streaming)
     num_images = len(source) if isinstance(source, Images) else None
@@ -170,9 +173,10 @@ def run(signals: Signals, given: Mapping[str, Any]) -> Path:
         if started:
             accelerator.print(started)
     resuming = recipe.resume and checkpoints.folders(recipe.output)
-    if recipe.glare.head_init == "data" and not resuming:  # a checkpoint has all that this would change
+    if student.objective.head is not None and recipe.glare.head_init == "data" and not resuming:
+        # a checkpoint has all that this would change
         fit_head(student, feed.sample, recipe, accelerator, patch_size=model.patch_size, normalise=normalise)
-    teacher = make_teacher(student)
+    teacher = make_teacher(student) if student.objective.needs_teacher else student
     if recipe.compile:
         student.compile_blocks()
         teacher.compile_blocks()
@@ -247,8 +251,6 @@ def run(signals: Signals, given: Mapping[str, Any]) -> Path:
     shares.close()
     signals.release(accelerator)
     state.join()
-    accelerator.wait_for_everyone()  # one that leaves while another still writes may keep it from ending
-    accelerator.end_training()
     seconds = meter.seconds
     if accelerator.is_main_process:
         exported = watch.chosen(done)
@@ -258,6 +260,8 @@ def run(signals: Signals, given: Mapping[str, Any]) -> Path:
         save(model, state, recipe, folder, normalise)
         meter.write(folder, model, seconds=seconds, steps=done, images=num_images)
         write_card(folder.path)
+    accelerator.wait_for_everyone()  # one that leaves while another still writes may keep it from ending
+    accelerator.end_training()
     return folder.path
 
 
@@ -268,24 +272,24 @@ def resolve(
     asked = recipes.from_dict(PretrainRecipe, given)
     if num_images is None and asked.steps is None:
         raise UserError(f"how many images {asked.data!r} has is not known before it is streamed; give --steps")
-    batch_size = asked.batch_size
-    if batch_size is None:
-        batch_size = min(num_images or LARGE, 8 if accelerator.device.type == "cpu" else 64)
+    usual = min(num_images or LARGE, 8 if accelerator.device.type == "cpu" else 64)
+    batch_size = usual if asked.batch_size is None else asked.batch_size
     check_shares(batch_size, accelerator.num_processes, asked.gradient_accumulation_steps)
     count = num_images or LARGE * batch_size
     per_epoch = max(1, count // batch_size)
-    steps = asked.steps
-    if steps is None:
-        steps = derive_steps(count, batch_size) if asked.epochs is None else asked.epochs * per_epoch
-    derived = {
+    usual = derive_steps(count, batch_size) if asked.epochs is None else asked.epochs * per_epoch
+    steps = usual if asked.steps is None else asked.steps
+    derived: dict[str, Any] = {
         "batch_size": batch_size,
         "steps": steps,
         "freeze_last_layer_steps": min(per_epoch, steps // 10),
         **derive_optimisation(steps),
         **derive_model(steps, batch_size, patch_size=patch_size, anchored=asked.adapter in ANCHORED),
     }
+    derived = OBJECTIVES[asked.objective].derive(derived)
     known = {key: value for key, value in given.items() if value is not None}
     recipe = recipes.from_dict(PretrainRecipe, overlay(derived, known))
+    OBJECTIVES[recipe.objective].check(recipe)
     if recipe.anchor and recipe.adapter not in ANCHORED:
         raise UserError(
             f"anchor {recipe.anchor} needs the backbone without adapters, which adapter {recipe.adapter!r} changes; "
@@ -308,9 +312,8 @@ def resolve(
 
 def make_student(model: GlareModel, recipe: PretrainRecipe) -> Student:
     """The adapted backbone with a fresh objective. Raises UserError where that does not fit into memory."""
-    config = model.config.backbone_config
-    settings = getattr(recipe, recipe.objective)
-    objective = partial(OBJECTIVES[recipe.objective], config.hidden_size, config.num_attention_heads, settings)
+    settings = getattr(recipe, recipe.objective, None)
+    objective = partial(OBJECTIVES[recipe.objective].of, model.config.backbone_config, settings)
     if reason := oversize(objective):
         raise UserError(f"the objective's {reason}; give fewer prototypes or a narrower head")
     mask_token = recipe.views.patch_augmentation == "mask"
@@ -322,8 +325,8 @@ def prepare(
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """The student as its gradients are averaged over processes, and its optimizer."""
     if recipe.shard and accelerator.num_processes > 1:
-        shard_blocks(student.backbone)
-        shard_blocks(teacher.backbone)
+        for part in dict.fromkeys((student, teacher)):
+            shard_blocks(part.backbone)
         return student, accelerator.prepare(make_optimizer(student, recipe.weight_decay))
     wrapped, optimizer = accelerator.prepare(student, make_optimizer(student, recipe.weight_decay))
     return wrapped, optimizer

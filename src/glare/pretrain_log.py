@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from glare.feed import Feed
-from glare.objectives.base import Terms
+from glare.objectives.base import Objective, Terms
 from glare.pretrain_plan import Plan
 from glare.runtime import Clock
 
@@ -23,7 +23,7 @@ def describe(plan: Plan, feed: Feed, derived: Mapping[str, Any]) -> str:
 def measurements(
     terms: Terms,
     grad_norms: Mapping[str, Tensor],
-    objective: nn.Module,
+    objective: Objective,
     plan: Plan,
     step: int,
     clock: Clock,
@@ -39,7 +39,7 @@ def measurements(
         **{name.replace("centre_", "centre_norm_"): value.item() for name, value in centres.items()},
         **{name: value.item() for name, value in grad_norms.items()},
         "learning_rate": plan.learning_rate_at(step),
-        "teacher_momentum": plan.momentum_at(step),
+        **({"teacher_momentum": plan.momentum_at(step)} if objective.needs_teacher else {}),
         "images_per_second": steps * plan.batch_size / clock.elapsed,
         "data_wait": clock.share("data"),
     }

@@ -108,13 +108,14 @@ def update(state: TrainState, terms: Terms, plan: Plan, accelerator: Accelerator
     if is_sharded(student):
         average_whole(list(student.parameters()), accelerator)
     grad_norms = clip_parts(student, plan.clip)
-    if step < plan.freeze_last_layer_steps:
+    if student.objective.head is not None and step < plan.freeze_last_layer_steps:
         student.objective.head.last_layer.zero_grad()
     if step < plan.head_warmup_steps:
         student.backbone.zero_grad()
     state.optimizer.step()
     state.optimizer.zero_grad()
-    update_teacher(state.teacher, student, plan.momentum_at(step))
+    if student.objective.needs_teacher:
+        update_teacher(state.teacher, student, plan.momentum_at(step))
     student.objective.update(terms.batch_sums)
     return grad_norms
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 RANGES = {
-    # how long and with what, both trainings
+    # how long and with what, all trainings
     "steps": "[1, inf)",
     "epochs": "[1, inf)",
     "batch_size": "[1, inf)",
@@ -24,7 +24,7 @@ RANGES = {
     "keep_checkpoints": "[1, inf)",
     "log_every": "[1, inf)",
     "seeds": "[1, inf)",
-    # optimizer, both trainings
+    # optimizer, all trainings
     "learning_rate": "(0, inf)",
     "min_learning_rate": "[0, inf)",
     "warmup_steps": "[0, inf)",
@@ -52,6 +52,9 @@ RANGES = {
     "drop_path": "[0, 1)",
     "base_scale": "[1, 16384]",
     "test_scale": "[1, 16384]",
+    # classification
+    "mixup": "[0, inf)",
+    "area": "(0, 1]",
     # views
     "num_local": "[0, inf)",
     "global_size": "[1, inf)",
@@ -67,6 +70,7 @@ RANGES = {
     "patch_prob": "[0, 1]",
     "patch_ratio": "(0, 1]",
     "patch_blur_sigma": "(0, inf)",
+    "patch_square": "[1, inf)",
     # the objective and its regions
     "prototypes": "[1, inf)",
     "head_hidden": "[1, inf)",
@@ -78,7 +82,7 @@ RANGES = {
 }
 """Field of a recipe, or of what is nested in one -> the interval of its values."""
 
-LOWER_FIRST = ("global_area", "local_area", "patch_ratio", "scale")
+LOWER_FIRST = ("area", "global_area", "local_area", "patch_ratio", "scale")
 """Fields that, where they are two numbers, are a lowest and a highest one."""
 
 

@@ -20,7 +20,7 @@ from glare.modeling_glare import ADAPTER_NAME, GlareForSemanticSegmentation, Gla
 from glare.runtime import optimizer_tensors, restore_optimizer
 from glare.views import Normalisation
 
-HEADS = ("fpn", "linear", "upernet")
+HEADS = ("fpn", "linear", "pixel", "upernet")
 TRAINED = ("full", "adapter", "head")
 UPERNET_TAPS = 3  # at least, its auxiliary head sits on the third
 
@@ -105,7 +105,7 @@ def select_trained(segmenter: PreTrainedModel, train_on: str) -> None:
     for name, parameter in vit.named_parameters():
         chosen = train_on == "full" or (train_on == "adapter" and part in name)
         parameter.requires_grad_(chosen and "mask_token" not in name)
-    if getattr(segmenter.config, "head", None) != "linear":
+    if getattr(segmenter.config, "head", "fpn") == "fpn":
         final_norm(vit.backbone).requires_grad_(False)
 
 

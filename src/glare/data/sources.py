@@ -16,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from glare.data.archives import open_part
+from glare.data.catalog import check_unnamed, named, suggestion
 from glare.data.landcover import parse_landcover
 from glare.data.listing import EXTENSIONS, extension_of, image_names
 from glare.data.listing import image_files as image_files
@@ -119,12 +121,15 @@ def open_source(data: str, *, match: str | None = None) -> Images:
     elif data.partition(":")[0] == "landcover":
         scenes = parse_landcover(data)
         images = Images([scenes.name(i) for i in range(len(scenes))], scenes.read)
+    elif (wanted := named(data)) is not None:
+        part = open_part(wanted, wanted.entry.split("train"), labelled=False)
+        images = Images(part.names, lambda index: open_picture(part.image(index)))
     elif HUB_ID.fullmatch(data) or data.startswith(REMOTE):
         images = table_images(data)
     else:
         raise UserError(
-            f"data {data!r} is neither an existing path nor a Hub id (owner/name) nor landcover:<domain>; "
-            "check the spelling, or give a folder of images"
+            f"data {data!r} is neither an existing path nor a Hub id (owner/name) nor landcover:<domain>"
+            f"{suggestion(data)}; check the spelling, or give a folder of images"
         )
     return images.subset(matching(images.names, match, data=data))
 
@@ -254,6 +259,7 @@ def table_images(data: str) -> Images:
 
 
 def _open_folder(folder: Path) -> Images:
+    check_unnamed(folder, otherwise="the folder of its images alone")
     if names := image_names(folder):
         return folder_images(folder, names)
     if has_shards(folder):

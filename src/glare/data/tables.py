@@ -1,4 +1,4 @@
-"""Tables of images: parquet files, tar shards and data sets of the Hub, through `datasets`."""
+"""Tables of pictures: parquet files, tar shards and data sets of the Hub, through `datasets`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from huggingface_hub import HfFileSystem
+from huggingface_hub import HfFileSystem, snapshot_download
 from PIL import Image
 
 from glare.data.listing import extension_of, image_names
@@ -21,6 +21,8 @@ SHARDS = {"parquet": "parquet", "tar": "webdataset"}
 
 REMOTE = ("https://", "http://", "hf://")
 HUB_FILE = "hf://datasets/"
+PARQUET = "refs/convert/parquet"
+"""The branch with the tables that the Hub itself makes of a data set: <configuration>/<split>/*.parquet."""
 
 
 @dataclass(frozen=True)
@@ -37,20 +39,7 @@ class Table:
 
     def open(self, row: Mapping[str, Any]) -> Image.Image:
         """The image of a row, not decoded yet. Raises ValueError without one, and whatever `open_picture` lets out."""
-        cell = row[self.column]
-        if cell is None:
-            raise ValueError("the row has no image")
-        if cell["bytes"] is not None:
-            return open_picture(BytesIO(cell["bytes"]))
-        path = str(cell["path"])
-        if self.folder is not None:
-            return open_picture(_inside(self.folder, path))
-        if "://" not in path:
-            return open_picture(Path(path))
-        if not path.startswith(HUB_FILE):
-            raise ValueError(f"its path {path!r} is not streamed; put the image into the table")
-        with HfFileSystem().open(path, "rb") as file:
-            return open_picture(BytesIO(file.read()))
+        return open_picture(picture_file(row[self.column], self.folder))
 
 
 def open_table(data: str, *, streaming: bool = False) -> Table:
@@ -83,6 +72,53 @@ def open_table(data: str, *, streaming: bool = False) -> Table:
     return Table(
         rows.select_columns([column]), column, None if builder == data or data.startswith(REMOTE) else _folder(data)
     )
+
+
+def picture_columns(features: Any) -> list[str]:
+    """Names of the columns of pictures."""
+    return [
+        name
+        for name, feature in features.items()
+        if isinstance(feature, datasets.Image) or (isinstance(feature, dict) and feature.keys() == {"bytes", "path"})
+    ]
+
+
+def undecoded(rows: Any, columns: list[str]) -> Any:
+    """Only these columns of pictures, whose cells are left as they are stored."""
+    for column in columns:
+        if isinstance(rows.features[column], datasets.Image):
+            rows = rows.cast_column(column, datasets.Image(decode=False))
+    return rows.select_columns(columns)
+
+
+def picture_file(cell: Mapping[str, Any] | None, folder: Path | None) -> Path | BytesIO:
+    """The file of a cell as stored; ``folder`` is that of the table, None for the Hub's. ValueError for none."""
+    if cell is None:
+        raise ValueError("the row has no image")
+    if cell["bytes"] is not None:
+        return BytesIO(cell["bytes"])
+    path = str(cell["path"])
+    if folder is not None:
+        return _inside(folder, path)
+    if "://" not in path:
+        return Path(path)
+    if not path.startswith(HUB_FILE):
+        raise ValueError(f"its path {path!r} is not streamed; put the image into the table")
+    with HfFileSystem().open(path, "rb") as file:
+        return BytesIO(file.read())
+
+
+def load_hub_split(hub_id: str, config: str | None, split: str) -> Any:
+    """The rows of one split of a data set of the Hub; of one that is a program, the tables that the Hub made of it.
+
+    Raises whatever `datasets` does.
+    """
+    try:
+        return datasets.load_dataset(hub_id, config, split=split)
+    except Exception:  # a program is refused with an error that depends on what is in the cache
+        wanted = f"{config or 'default'}/{split}/*.parquet"
+        folder = snapshot_download(hub_id, repo_type="dataset", revision=PARQUET, allow_patterns=wanted)
+        return datasets.load_dataset("parquet", data_files={split: f"{folder}/{wanted}"}, split=split)
 
 
 def streamable(data: str) -> bool:
@@ -140,11 +176,7 @@ def _inside(folder: Path, name: str) -> Path:
 
 def _image_column(features: Any, *, data: str) -> str:
     """The column of images: the one called image, or the first one of that type."""
-    columns: list[str] = [
-        name
-        for name, feature in features.items()
-        if isinstance(feature, datasets.Image) or (isinstance(feature, dict) and feature.keys() == {"bytes", "path"})
-    ]
+    columns = picture_columns(features)
     if not columns:
         raise UserError(
             f"data {data!r} has no column of images, only {', '.join(features)}; give a data set with an Image column"

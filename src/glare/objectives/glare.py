@@ -115,6 +115,8 @@ class CrossAttention(nn.Module):
 class GlareObjective(Objective):
     """The four terms, one shared head, one cross-attention and three centres."""
 
+    head: ProjectionHead
+
     def __init__(self, dim: int, num_heads: int, config: GlareSettings) -> None:
         super().__init__()
         self.config = config
