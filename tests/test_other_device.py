@@ -20,13 +20,13 @@ from torch import Tensor
 from glare import crops
 from glare.crops import PackedImages
 from glare.data.labelled import LabelledSet, PackedLabelled, open_labelled, pack_labelled
+from glare.dense_inference import Sweep, logits
 from glare.draws import Draws
 from glare.evaluate import confusion
 from glare.finetune_plan import Plan as FinetunePlan
 from glare.finetune_step import train_step as finetune_step
 from glare.frozen_features import extract, read_images
 from glare.head_start import start_head
-from glare.inference import Tiling, logits
 from glare.labelled_crops import TrainingCrops, training_batch
 from glare.objectives.glare import GlareObjective, GlareSettings
 from glare.plain_step import PlainState, plain_step
@@ -303,7 +303,7 @@ def fine_tuned(head: str, device: torch.device, folder: Path) -> SegmenterState:
 @pytest.mark.parametrize("head", ["fpn", "linear"])
 def test_steps_of_fine_tuning_and_evaluation(head: str, data: LabelledSet, tmp_path: Path) -> None:
     pixels = torch.randint(0, 256, (1, 24, 20, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    settings: dict[str, Any] = {"normalise": Normalisation(), "tiling": Tiling(16, 12)}
+    settings: dict[str, Any] = {"normalise": Normalisation(), "sweep": Sweep(16, 12, (40, 28), (1.0, 1.5), True)}
     with other_device():
         ends, maps, counts = [], [], []
         for device in places():

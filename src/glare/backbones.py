@@ -9,7 +9,15 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig
 from torch import nn
-from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForSemanticSegmentation,
+    PreTrainedConfig,
+    PreTrainedModel,
+    UperNetForSemanticSegmentation,
+)
 
 from glare.errors import UserError, shortened
 from glare.json_files import read_json
@@ -38,9 +46,12 @@ def load_backbone(name: str) -> GlareModel:
     place = place_of(name)
     with explained("backbone", name, HINT):
         config = read_config(place)
-        check_size(lambda: AutoModel.from_config(config, trust_remote_code=False))
+        auto = AutoModelForSemanticSegmentation if config.model_type == "upernet" else AutoModel
+        check_size(lambda: auto.from_config(config, trust_remote_code=False))
         if place.name.endswith(".json"):
             model = AutoModel.from_config(config, dtype=torch.float32)
+        elif config.model_type == "upernet":
+            model = _below_upernet(place)
         else:
             options = place.safe_options | without_pooler(config)
             model = AutoModel.from_pretrained(place.name, dtype=torch.float32, **options)
@@ -48,6 +59,17 @@ def load_backbone(name: str) -> GlareModel:
             vit_blocks(model)
             model = GlareModel.from_backbone(model, None)
     model.backbone.name_or_path = name
+    return model
+
+
+def _below_upernet(place: Place) -> GlareModel:
+    """The ViT below the UPerNet of ``glare finetune``, with its adapters."""
+    segmenter = UperNetForSemanticSegmentation.from_pretrained(place.name, dtype=torch.float32, **place.safe_options)
+    if not isinstance(segmenter.backbone, GlareModel):
+        raise ValueError(f"the backbone of this UPerNet is a {type(segmenter.backbone).__name__}, not one of glare")
+    model = GlareModel(segmenter.config.backbone_config)
+    model.config.backbone_pyramid = False
+    model.backbone.load_state_dict(segmenter.backbone.backbone.state_dict())
     return model
 
 

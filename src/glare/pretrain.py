@@ -21,7 +21,7 @@ from glare.errors import UserError
 from glare.feed import open_feed, open_images
 from glare.figures import write_report
 from glare.head_start import fit_head
-from glare.health_watch import MAY_DIFFER_ON_RESUME, HealthWatch
+from glare.health_watch import MAY_DIFFER_ON_RESUME, HealthWatch, check_patience
 from glare.model_card import write_card
 from glare.model_sizes import oversize
 from glare.modeling_glare import GlareModel
@@ -30,7 +30,7 @@ from glare.objectives.glare import GlareObjective, GlareSettings
 from glare.objectives.simmim import SimMIMObjective
 from glare.preemption import Signals, stoppable
 from glare.pretrain_log import describe, measurements, progress_text
-from glare.pretrain_plan import Plan, derive_model, derive_optimisation, derive_steps, overlay
+from glare.pretrain_plan import Plan, check_sizes, derive_model, derive_optimisation, derive_steps, overlay
 from glare.pretrain_step import cut_views, train_step
 from glare.price import Meter, trained_parameters
 from glare.recipes import option, required
@@ -48,8 +48,8 @@ from glare.runtime import (
     scaler_state,
 )
 from glare.segmenters import image_processor
-from glare.sharding import shard_blocks
-from glare.shares import check_shares
+from glare.sharding import check_precision, shard_blocks
+from glare.shares import check_shares, same_everywhere
 from glare.student import Student
 from glare.teacher import make_teacher
 from glare.train_state import TrainState, make_optimizer
@@ -151,6 +151,8 @@ def run(signals: Signals, given: Mapping[str, Any]) -> Path:
     accelerator = make_accelerator(
         device=recipe.device, precision=recipe.precision, report_to=recipe.report_to, output=recipe.output
     )
+    if recipe.shard:
+        check_precision(accelerator)
     meter = Meter(accelerator)
 
     # data, model, and the settings that depend on them
@@ -176,6 +178,7 @@ def run(signals: Signals, given: Mapping[str, Any]) -> Path:
     if student.objective.head is not None and recipe.glare.head_init == "data" and not resuming:
         # a checkpoint has all that this would change
         fit_head(student, feed.sample, recipe, accelerator, patch_size=model.patch_size, normalise=normalise)
+    same_everywhere(student.objective)
     teacher = make_teacher(student) if student.objective.needs_teacher else student
     if recipe.compile:
         student.compile_blocks()
@@ -197,6 +200,7 @@ def run(signals: Signals, given: Mapping[str, Any]) -> Path:
         state.restore(checkpoint.tensors)
         restore_scaler(accelerator, checkpoint.state.get("scaler"))
         start, meter.earlier = checkpoint.step, checkpoint.state.get("seconds", math.nan)
+    accelerator.wait_for_everyone()  # the main process has brought the log back to the checkpoint
     watch.resume(folder, start)
 
     # the loop
@@ -226,21 +230,20 @@ def run(signals: Signals, given: Mapping[str, Any]) -> Path:
             terms, grad_norms = train_step(state, wrapped, views, plan, accelerator, step=step, clock=clock)
         bar.update()
         done, stopping = step + 1, signals.asked(accelerator)
-        saves = done % recipe.checkpoint_every == 0 or done == plan.steps
-        if saves or done % recipe.log_every == 0:
+        if watch.regular(done) or done % recipe.log_every == 0:
             values = measurements(terms, grad_norms, student.objective, plan, step, clock, steps=done - logged)
-            values |= watch.measure(student, done, saves=saves)
+            values |= watch.measure(student, done)
             folder.log(done, **values)
             accelerator.log(values, step=done)
             bar.set_postfix_str(progress_text({**watch.latest, **values}, watch.untouched))
-            trouble = watch.judge({"step": done, **values}, folder, saves=saves)
+            trouble = watch.judge({"step": done, **values}, folder)
             if trouble is not None:
                 bar.close()
                 raise UserError(trouble)
             clock, logged = Clock(), done
         elif step == start:
             clock, logged = Clock(), done  # a process takes longer for its first step
-        if (saves or stopping) and watch.healthy:
+        if watch.writes(done, stopping=stopping):
             others, keep = {"seconds": meter.seconds, "scaler": scaler_state(accelerator)}, recipe.keep_checkpoints
             with clock.paused(), folder.pointing_back():
                 check_weights(tensors := state.tensors(), done)
@@ -250,13 +253,15 @@ def run(signals: Signals, given: Mapping[str, Any]) -> Path:
     bar.close()
     shares.close()
     signals.release(accelerator)
+    if watch.enough:
+        accelerator.print(f"ended early after step {done}: {watch.enough} (patience {recipe.patience})")
     state.join()
     seconds = meter.seconds
     if accelerator.is_main_process:
-        exported = watch.chosen(done)
-        if exported != done:
-            state.restore(folder.checkpoint(exported).tensors)
-        watch.write(folder, exported=exported, last=done)
+        best = watch.chosen(folder, done)
+        if best is not None:
+            state.restore(best.tensors)
+        watch.write(folder, exported=done if best is None else best.step, last=done)
         save(model, state, recipe, folder, normalise)
         meter.write(folder, model, seconds=seconds, steps=done, images=num_images)
         write_card(folder.path)
@@ -295,17 +300,13 @@ def resolve(
             f"anchor {recipe.anchor} needs the backbone without adapters, which adapter {recipe.adapter!r} changes; "
             "give --adapter uniadapter or lora, or leave anchor out"
         )
+    check_patience(recipe)
+    check_sizes(recipe.views, patch_size)
     if recipe.select == "health" and recipe.checkpoint_every >= steps:
         raise UserError(
             f"select health chooses among checkpoints, and with checkpoint_every {recipe.checkpoint_every} a run of "
             f"{steps} steps writes one; give --checkpoint-every {max(1, steps // 6)}"
         )
-    for name, size in (("global_size", recipe.views.global_size), ("local_size", recipe.views.local_size)):
-        if size % patch_size:
-            raise UserError(
-                f"views.{name} {size} is no multiple of the patch size {patch_size}; "
-                f"give {max(1, round(size / patch_size)) * patch_size}"
-            )
     chosen = {key: value for key, value in flatten(derived).items() if key not in flatten(known)}
     return recipe, chosen
 

@@ -4,7 +4,8 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from accelerate.utils import broadcast
+from torch import Tensor, nn
 
 from glare.draws import Draws
 from glare.errors import UserError
@@ -37,6 +38,13 @@ def passes(count: int, number: int) -> Iterator[slice]:
     """``count`` images in ``number`` equal parts."""
     size = count // number
     return (slice(first, first + size) for first in range(0, count, size))
+
+
+@torch.no_grad()
+def same_everywhere(module: nn.Module) -> None:
+    """Give a module the weights and buffers it has on the main process, in case what made them rounds differently."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        broadcast(tensor.detach())
 
 
 def added_up(vectors: Mapping[str, Tensor], accelerator: Accelerator) -> dict[str, Tensor]:
