@@ -217,7 +217,7 @@ def test_a_run_ends_early_where_nothing_gets_better(given: Given, monkeypatch: p
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"patience": 0}, r"patience is 0; give the number of steps, at least 1"),
+        ({"patience": 0}, r"patience is 0; give at least 1"),
         ({"select": "health", "checkpoint_every": 6}, r"a run of 6 steps writes one; give --checkpoint-every 1"),
         ({"on_unhealthy": "sleep"}, r"on_unhealthy"),
     ],
