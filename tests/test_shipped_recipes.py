@@ -8,7 +8,10 @@ from accelerate import Accelerator
 
 from glare.backbones import load_backbone
 from glare.classify import ClassifyRecipe
+from glare.dense_inference import asked
 from glare.finetune import FinetuneRecipe
+from glare.finetune_plan import make_plan
+from glare.finetune_step import learning_rates
 from glare.pretrain import PretrainRecipe, resolve
 from glare.pretrain_plan import Plan
 from glare.recipes import parse, read_yaml
@@ -47,6 +50,29 @@ def test_the_paper_s_schedule(name: str, images: int, steps: int) -> None:
     assert plan.learning_rate_at(per_epoch) == pytest.approx(1.5e-4)
     assert plan.momentum_at(0) == 0.996 and plan.momentum_at(steps - 1) == 1.0
     assert plan.temperature_at(round(0.3 * steps)) == pytest.approx(0.07)
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file.name.startswith("fpn_")], ids=lambda file: file.stem)
+def test_the_fine_tunings_are_those_of_the_literature(file: Path) -> None:
+    """UDI's configuration of semantic FPN, and the sizes that mmsegmentation gives each data set."""
+    recipe = parse(FinetuneRecipe, ["--recipe", str(file), *FINETUNE], prog="test")
+    name, _, schedule = file.stem.removeprefix("fpn_").rpartition("_")
+    sizes = {
+        "ade20k": ((2048, 512), (2048, 512)),
+        "loveda": ((2048, 512), (1024, 1024)),
+        "cityscapes": ((2048, 1024), (2048, 1024)),
+        "pascal_context": ((520, 520), (520, 520)),
+    }
+    assert (recipe.base_scale, recipe.test_scale) == sizes[name]
+    assert recipe.steps == 1000 * int(schedule.removesuffix("k")) and recipe.seeds == 3
+    assert recipe.head == "fpn" and not recipe.pyramid and recipe.train_on == "full"
+    assert (recipe.crop_size, recipe.scale, recipe.dominant_share) == (512, (0.5, 2.0), 0.75)
+    assert recipe.drop_path == 0.1 and recipe.weight_decay == 0.01 and recipe.batch_size == 32
+    plan = make_plan(recipe, num_images=1, short_side=1, patch=16, on_cpu=False)
+    assert plan.warmup_steps == (200 if name == "loveda" else 1500)
+    assert learning_rates(plan, plan.steps // 2) == pytest.approx((3e-5, 3e-5))
+    # whole images, as their test mode is
+    assert len(asked(recipe).windows((1024, 2048) if name == "cityscapes" else (1024, 1024))) == 1
 
 
 @pytest.mark.parametrize(("name", "images"), [("dubai", 45), ("camvid", 367)])

@@ -50,6 +50,7 @@ class GlareConfig(BackboneConfigMixin, PreTrainedConfig):
         to every pixel of a patch).
     fpn_channels, head_channels: widths of the FPN and of the head after it.
     pyramid: rescale the taps by 4, 2, 1 and 1/2 before the FPN, for logits at a quarter of the patch size.
+    backbone_pyramid: the same for the maps that leave the backbone class, as for UperNet.
     head_dropout: channel dropout before the classifier, in [0, 1).
     ignore_index: label that enters no loss.
     format: of the checkpoint, at most the number that this version knows.
@@ -67,6 +68,7 @@ class GlareConfig(BackboneConfigMixin, PreTrainedConfig):
     fpn_channels: int = 256
     head_channels: int = 128
     pyramid: bool = False
+    backbone_pyramid: bool = False
     head_dropout: float = 0.1
     ignore_index: int = 255
     format: int = FORMAT

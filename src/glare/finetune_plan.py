@@ -17,7 +17,7 @@ MAX_WARMUP = 1500
 
 @dataclass(frozen=True)
 class Plan:
-    """Numbers of a run: peaks of the learning rates, ``crop_size`` in px, the others in steps and crops."""
+    """Numbers of a run: peaks and floor of the learning rates, ``crop_size`` in px, the others in steps and crops."""
 
     steps: int
     batch_size: int
@@ -26,6 +26,8 @@ class Plan:
     learning_rate: float
     backbone_learning_rate: float
     gradient_accumulation_steps: int = 1
+    poly_power: float = 1.0
+    min_learning_rate: float = 0.0
 
 
 def make_plan(given: Any, *, num_images: int, short_side: int, patch: int, on_cpu: bool) -> Plan:

@@ -17,7 +17,7 @@ from glare.draws import Draws
 from glare.gram import eigh, gram
 from glare.objectives.base import ProjectionHead
 from glare.pretrain_plan import Plan
-from glare.runtime import epoch_batches, seeded
+from glare.runtime import seeded
 from glare.student import Student
 from glare.views import Normalisation, Views, make_views
 
@@ -35,13 +35,10 @@ def fit_head(
     patch_size: int,
     normalise: Normalisation,
 ) -> None:
-    """Fit the fresh head to the first images of a run with this resolved recipe, the same on every process."""
-    count = len(images)
-    index = next(epoch_batches(count, min(count, IMAGES), seed=recipe.seed))
+    """Fit the fresh head to the first of ``images``, the same on every process, by a resolved recipe."""
+    index = torch.arange(min(len(images), IMAGES))
     first, draws = subset(images, index).to(accelerator.device), Draws(seeded(recipe.seed, 0), len(index))
-    views = make_views(
-        first, torch.arange(len(index)), recipe.views, patch_size=patch_size, normalise=normalise, draws=draws
-    )
+    views = make_views(first, index, recipe.views, patch_size=patch_size, normalise=normalise, draws=draws)
     with accelerator.autocast():
         start_head(student, views, temperature=Plan.of(recipe).temperature_at(0), draws=draws)
 

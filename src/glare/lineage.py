@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from glare import licences
+from glare.data.catalog import named
 from glare.json_files import read_json
 from glare.licences import Licence
 from glare.model_names import EMBEDDED, is_repo_id
@@ -126,6 +127,9 @@ def origin_of(kind: str, name: str, look_up: LookUp = offline) -> Origin:
     if name == EMBEDDED or name.partition(":")[0] == "landcover":
         what = "the small ViT inside glare-ssl" if name == EMBEDDED else "scenes that glare-ssl draws"
         return Origin(f"{name} ({what})", None, licences.OURS)
+    if kind == "dataset" and (wanted := named(name)) is not None:
+        entry = wanted.entry
+        return Origin(entry.title, entry.hub.id if entry.hub and not wanted.place else None, entry.licence)
     if name.endswith(".json"):
         return Origin("random weights", None, licences.OURS)
     if looks_like_hub_id(name):
@@ -144,7 +148,13 @@ def looks_like_hub_id(name: str) -> bool:
 
 
 def public_name(path: str) -> str:
-    """What to call something on this machine: the name of its folder, without the folders above."""
+    """What to call something on this machine: the name of its folder, without the folders above.
+
+    A data set of the catalog, wherever it lies, has its own name.
+    """
+    wanted = named(path)
+    if wanted is not None:
+        return wanted.entry.title
     parts = [part for part in Path(path).parts if part.strip("/\\.~")]
     while len(parts) > 1 and parts[-1] in LAYOUT_FOLDERS:
         parts.pop()

@@ -13,7 +13,17 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
+from glare.errors import UserError
 from glare.modeling_glare import vit_blocks
+
+
+def check_precision(accelerator: Accelerator) -> None:
+    """Raise UserError where blocks cannot be sharded: a scaled loss needs all gradients whole, or all in shards."""
+    if accelerator.num_processes > 1 and accelerator.mixed_precision == "fp16":
+        raise UserError(
+            "shard does not go with precision fp16 on several processes; give --precision bf16 or fp32, or leave "
+            "--shard out"
+        )
 
 
 def shard_blocks(backbone: PreTrainedModel) -> None:
