@@ -101,7 +101,7 @@ class PretrainRecipe:
     )
     streaming: bool | None = option(
         None,
-        "read images anew for each step, true or false; by default only if decoded they fit neither memory nor disk",
+        "read images anew for each step; by default only if decoded they fit neither memory nor disk",
     )
     strict: bool = option(False, "stop at the first unreadable image instead of skipping it")
     seed: int = option(0, "of all draws")
