@@ -151,7 +151,7 @@ def test_mistakes_are_named_before_anything_is_written(given: Given, tmp_path: P
         ({"val_data": str(tmp_path / "other")}, "has the class 'green', the training data has blue, red"),
         ({"data": str(tmp_path / "train" / "red")}, "has no two classes"),
         ({"crop_size": 18}, "crop_size 18 is no multiple of the patch size 4; give 16"),
-        ({"mixup": -1.0}, "mixup is -1.0; give 0 or more"),
+        ({"mixup": -1.0}, "mixup is -1.0; give at least 0"),
         ({"area": [0.5, 0.2]}, "area is"),
         ({"steps": 0}, "steps is 0; give at least 1"),
     ):

@@ -146,7 +146,7 @@ def test_a_rank_that_fails_ends_the_run_with_its_own_error(given: Given, tmp_pat
 def test_a_batch_that_cannot_be_shared_out_is_refused(given: Given) -> None:
     for changes, message in (
         ({"gradient_accumulation_steps": 3}, "batch_size 8 does not divide by 1 process times 3 .*a multiple of 3"),
-        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0; give 1 or more"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0; give at least 1"),
     ):
         with pytest.raises(UserError, match=message):
             pretrain.run(given("run", **changes))

@@ -1,7 +1,10 @@
 """Both trainings: what --resume refuses, what a run that broke says of its checkpoints, the speed after a resume."""
 
+import fcntl
 import itertools
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -12,11 +15,13 @@ import torch
 from labelled_samples import write_labelled
 from PIL import Image
 from small_runs import arguments, write_inputs
+from tiny_models import tiny_vit
 
 from glare import finetune, finetune_step, pretrain, pretrain_step, runtime
 from glare.checkpoints import folders
 from glare.cli import main
 from glare.errors import NotFiniteError
+from glare.resuming import frozen_digest
 from glare.runtime import Clock, check_weights
 
 JOBS: dict[str, ModuleType] = {"pretrain": pretrain, "finetune": finetune}
@@ -66,6 +71,95 @@ def test_what_resume_refuses_leaves_the_run_as_it_is(
     else:
         write_labelled(tmp_path / "scenes" / "train", 6)
     refused("was made with other images: 1 (", steps=3)
+
+
+FROZEN = {"pretrain": {"adapter": "uniadapter"}, "finetune": {"train_on": "head"}}
+
+
+def test_resume_on_another_backbone_in_the_same_place(
+    job: str, run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = {**STEADY[job], **FROZEN[job], "checkpoint_every": 1}
+    assert run(steps=1, **keys) == 0
+    (tmp_path / "vit").rename(tmp_path / "old")
+    tiny_vit("dinov2", seed=1, num_hidden_layers=1).save_pretrained(tmp_path / "vit")
+    before = contents(tmp_path / "run")
+    assert run(steps=2, resume=True, **keys) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"not those that the run in {tmp_path / 'run'} was made with: its backbone or model was replaced" in said
+    assert contents(tmp_path / "run") == before
+    shutil.rmtree(tmp_path / "vit")
+    (tmp_path / "old").rename(tmp_path / "vit")
+    assert run(steps=2, resume=True, **keys) == 0
+
+
+def test_resume_with_more_steps_names_what_follows_from_them(
+    job: str, run: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps, key, old, new = {"pretrain": (4, "momentum", 0.75, 0.875), "finetune": (10, "warmup_steps", 1, 2)}[job]
+    assert run(steps=steps) == 0
+    assert run(steps=2 * steps, resume=True) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"{key} was {old} and is {new}" in said
+    assert f"follows from steps (was {steps} and is {2 * steps}): give --resume with --steps {steps}, or with" in said
+    stated = dict(word.rstrip(",").split("=") for word in said.split("the old values: ")[1].split() if "=" in word)
+    assert stated[key] == str(old)
+    assert run(steps=steps + 1, resume=True, **stated) == 0, "the remedy is possible"
+
+
+def test_a_run_is_alone_in_its_folder(
+    job: str, run: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, seen = JOBS[job], []
+    real = module.train_step  # type: ignore[attr-defined]
+
+    def train_step(*arguments: Any, **named: Any) -> Any:
+        handle = os.open(tmp_path / "run", os.O_RDONLY)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(handle)
+        seen.append(handle)
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(module, "train_step", train_step)
+    assert run(steps=1) == 0 and len(seen) == 1
+    handle = os.open(tmp_path / "run", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # free again, though this process lives on
+    os.close(handle)
+
+
+def test_weights_that_do_not_train_are_told_apart_by_their_bits() -> None:
+    layer = torch.nn.Linear(4, 3).requires_grad_(False)
+    found = {frozen_digest(layer)}
+    assert frozen_digest(layer) in found
+    for change in ("a bit", "rows", "shape", "dtype", "a number"):
+        other = torch.nn.Linear(4, 3).requires_grad_(False)
+        other.load_state_dict(layer.state_dict())
+        weight = other.weight.data
+        if change == "a bit":
+            weight.view(torch.int32)[1, 2] ^= 1
+        elif change == "rows":
+            other.weight.data = weight[[1, 0, 2]]
+        elif change == "shape":
+            other.weight.data = weight.reshape(4, 3)
+        elif change == "dtype":
+            other.bfloat16()
+        else:
+            other.bias.data[0] += 1
+        found.add(frozen_digest(other))
+    assert len(found) == 6
+    layer.weight.requires_grad_(True)  # it is in the checkpoint now
+    before = frozen_digest(layer)
+    layer.weight.data += 1
+    assert frozen_digest(layer) == before and before not in found
+
+
+def test_scores_on_the_way_and_at_the_end_go_to_the_trackers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_inputs(tmp_path)
+    sent: list[tuple[int, dict[str, float]]] = []
+    monkeypatch.setattr(finetune.Accelerator, "log", lambda _, values, step: sent.append((step, values)))
+    assert main(arguments("finetune", tmp_path, tmp_path / "run", steps=3, eval_every=2)) == 0
+    assert [step for step, values in sent if set(values) == {"miou", "aacc", "macc"}] == [2, 3]
 
 
 def broken_after(job: str, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:

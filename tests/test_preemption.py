@@ -16,10 +16,14 @@ from tqdm import tqdm
 from glare import cli, finetune, preemption, pretrain
 from glare.checkpoints import folders
 from glare.errors import Stopped
-from glare.preemption import SIGNALS, Signals
+from glare.preemption import Signals
 
 CODES = [(signal.SIGTERM, 143), (signal.SIGUSR1, 128 + signal.SIGUSR1), (signal.SIGINT, 130)]
-HANDLERS = {number: signal.getsignal(number) for number in SIGNALS}
+HANDLERS = {
+    signal.SIGTERM: signal.SIG_DFL,
+    signal.SIGUSR1: signal.SIG_DFL,
+    signal.SIGINT: signal.default_int_handler,  # which a shell that starts the tests in the background sets to SIG_IGN
+}
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +48,10 @@ def straight(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
 
 @pytest.fixture(autouse=True)
 def same_handlers_afterwards() -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number, handler in HANDLERS.items()}
     yield
-    assert {number: signal.getsignal(number) for number in SIGNALS} == HANDLERS
+    after = {number: signal.signal(number, handler) for number, handler in before.items()}
+    assert after == HANDLERS
 
 
 def then_signal(function: Callable[..., Any], number: int, *, call: int = 1) -> Callable[..., Any]:

@@ -28,7 +28,8 @@ TENSORS, STATE, HASHES = "state.safetensors", "state.json", "SHA256SUMS"
 class Checkpoint:
     """The state after ``step`` optimizer steps, on the CPU; ``metrics_bytes`` is how long the log was then.
 
-    ``images``: names of what the run trains on, in their order; None where it was not said.
+    ``images``: names of what the run trains on, in their order; ``frozen``: digest of the weights that do not train
+    and that no checkpoint holds; None where it was not said.
     """
 
     step: int
@@ -36,6 +37,7 @@ class Checkpoint:
     state: dict[str, Any]
     metrics_bytes: int
     images: list[str] | None = None
+    frozen: str | None = None
 
 
 class DamagedError(Exception):
@@ -65,6 +67,7 @@ def fill(
     state: Mapping[str, Any],
     metrics_bytes: int,
     images: Sequence[str] | None = None,
+    frozen: str | None = None,
 ) -> None:
     """Write a checkpoint, with the fields of ``Checkpoint``, into an empty folder.
 
@@ -73,7 +76,7 @@ def fill(
     # safetensors refuses tensors that share memory or have gaps
     packed = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     save_file(packed, folder / TENSORS)
-    content = {"step": step, "metrics_bytes": metrics_bytes, "state": state, "images": images}
+    content = {"step": step, "metrics_bytes": metrics_bytes, "state": state, "images": images, "frozen": frozen}
     (folder / STATE).write_text(json.dumps(content), encoding="utf-8")
     lines = [f"{_hash(folder / name)}  {name}\n" for name in (TENSORS, STATE)]
     (folder / HASHES).write_text("".join(lines), encoding="utf-8")
@@ -88,7 +91,8 @@ def read(folder: Path) -> Checkpoint:
                 raise DamagedError(f"{name} does not have the hash in {HASHES}")
         saved = json.loads((folder / STATE).read_text(encoding="utf-8"))
         tensors = load_file(folder / TENSORS)
-        return Checkpoint(saved["step"], tensors, saved["state"], saved["metrics_bytes"], saved.get("images"))
+        said = saved.get("images"), saved.get("frozen")
+        return Checkpoint(saved["step"], tensors, saved["state"], saved["metrics_bytes"], *said)
     except OSError as error:
         raise DamagedError(f"{Path(error.filename or folder).name}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from glare import recipes
+from glare import ranges, recipes
+from glare.agreement import check_agreement
 from glare.class_images import ClassCrops, ClassImages, class_names, cut_batch, labelled
 from glare.crops import cut, fits, subset
 from glare.data.cache import Packed, pack, skipped_lines
@@ -29,6 +30,7 @@ from glare.modeling_glare import GlareModel
 from glare.preemption import Signals, stoppable
 from glare.recipes import option, required
 from glare.run_folder import RunFolder, atomic_write_json
+from glare.run_lock import released
 from glare.runtime import (
     DEVICES,
     PRECISIONS,
@@ -81,14 +83,7 @@ class ClassifyRecipe:
     resume: bool = option(False, "go on from the last checkpoint of the output folder")
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "steps", "batch_size", "crop_size", "checkpoint_every", "keep_checkpoints", "log_every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; give at least 1")
-        if self.mixup < 0:
-            raise ValueError(f"mixup is {self.mixup}; give 0 or more")
-        if not 0 < self.area[0] <= self.area[1] <= 1:
-            raise ValueError(f"area is {self.area}; give two numbers with 0 < low <= high <= 1")
+        ranges.check(self)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -114,6 +109,7 @@ class Classifier(nn.Module):
 
 
 @room_for("the files of the run")
+@released()
 @stoppable
 def run(signals: Signals, recipe: ClassifyRecipe) -> Path:
     """Train, measure the accuracy where there are images for it, and return the run folder."""
@@ -133,6 +129,7 @@ def run(signals: Signals, recipe: ClassifyRecipe) -> Path:
     if recipe.val_data is not None:
         val = labelled(read(recipe, recipe.val_data, show=accelerator.is_main_process), classes, recipe.val_data)
     recipe = resolve(recipe, len(packed.names), patch=vit.patch_size, accelerator=accelerator)
+    check_agreement(accelerator, recipe, packed.names)
     accelerator.print("\n".join([describe(recipe, packed, classes), *skipped_lines(packed.skipped)]))
     size, steps, batch_size, warmup = sizes(recipe)
 
@@ -145,7 +142,7 @@ def run(signals: Signals, recipe: ClassifyRecipe) -> Path:
 
     # run folder, resume
     folder = RunFolder.create(recipe.output, resume=recipe.resume, write=accelerator.is_main_process)
-    start, (checkpoint, _) = 0, folder.begin(recipe)
+    start, (checkpoint, _) = 0, folder.begin(recipe, images=packed.names)
     accelerator.init_trackers("")
     if checkpoint is not None:
         start = checkpoint.step

@@ -113,7 +113,7 @@ def _cached(source: Images, recipe: Any, accelerator: Accelerator) -> Feed:
 
 def _streamed(source: Images | Table, recipe: Any, accelerator: Accelerator) -> Feed:
     def stream(batch_size: int, rank: int, world: int) -> Stream:
-        workers = recipe.num_workers or min(8, cpu_count() or 1)
+        workers = min(8, cpu_count() or 1) if recipe.num_workers is None else recipe.num_workers
         short_side = recipe.image_size or None
         return Stream(
             recipe.data, source, short_side, batch_size, rank, world, recipe.seed, workers, strict=recipe.strict

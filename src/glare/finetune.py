@@ -19,7 +19,8 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from glare import recipes
+from glare import ranges, recipes
+from glare.agreement import check_agreement
 from glare.data.labelled import LabelledSet, PackedLabelled, draw_images, open_labelled, pack_labelled
 from glare.dense_inference import asked, check_scale, remember
 from glare.disk_space import room_for
@@ -27,7 +28,7 @@ from glare.drop_path import drop_paths
 from glare.errors import UserError
 from glare.evaluate import confusion, default_split, describe, table
 from glare.figures import write_report
-from glare.finetune_log import describe_run, measurements, progress_text
+from glare.finetune_log import describe_run, measurements, progress_text, summary
 from glare.finetune_plan import Plan, make_plan
 from glare.finetune_step import cut_batch, learning_rates, train_step
 from glare.labelled_crops import TrainingCrops, scaled_sizes, to_device
@@ -35,7 +36,9 @@ from glare.metrics import SegmentationScores
 from glare.model_card import write_card
 from glare.preemption import Signals, stoppable
 from glare.recipes import option, required
+from glare.resuming import frozen_digest
 from glare.run_folder import RunFolder, atomic_write_json
+from glare.run_lock import released
 from glare.runtime import (
     DEVICES,
     PRECISIONS,
@@ -116,15 +119,7 @@ class FinetuneRecipe:
     def __post_init__(self) -> None:
         asked(self)
         check_scale("base_scale", self.base_scale)
-        every = ("eval_every", "checkpoint_every", "log_every")
-        for name in ("num_images", "steps", "batch_size", "crop_size", "seeds", *every, "keep_checkpoints"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; give at least 1")
-        if not 0 < self.scale[0] <= self.scale[1]:
-            raise ValueError(f"scale is {self.scale}; give two factors above 0, the lower one first")
-        if not 0 <= self.drop_path < 1:
-            raise ValueError(f"drop_path is {self.drop_path}; give at least 0 and less than 1")
+        ranges.check(self)
         if self.pyramid and self.head == "linear":
             raise ValueError("pyramid is on, but head 'linear' has none; give --head fpn or upernet")
 
@@ -150,6 +145,7 @@ class Job:
 
 
 @room_for("the files of the run")
+@released()
 @stoppable
 def run(signals: Signals, recipe: FinetuneRecipe, *, train: LabelledSet | None = None, more: bool = False) -> Path:
     """Fine-tune once, evaluate where there is something to evaluate on, and return the run folder.
@@ -170,7 +166,9 @@ def run(signals: Signals, recipe: FinetuneRecipe, *, train: LabelledSet | None =
     packed = pack_labelled(train, strict=recipe.strict, workers=recipe.num_workers, progress=show)
     plan = resolve(recipe, packed, patch=pretrained.patch_size, accelerator=accelerator)
     accelerator.print(describe_run(recipe, packed, plan))
+    derived = [name for name in asdict(plan) if getattr(recipe, name) is None]
     recipe = replace(recipe, **asdict(plan), test_scale=recipe.test_scale or recipe.base_scale)
+    check_agreement(accelerator, recipe, packed.names, val.names if val is not None else None)
     job = Job(recipe, plan, accelerator, normalise, val)
 
     # segmenter, optimizer
@@ -187,7 +185,10 @@ def run(signals: Signals, recipe: FinetuneRecipe, *, train: LabelledSet | None =
 
     # run folder, resume
     folder = RunFolder.create(recipe.output, resume=recipe.resume, write=accelerator.is_main_process)
-    start, (checkpoint, changes) = 0, folder.begin(recipe, images=packed.names, may_differ=MAY_DIFFER_ON_RESUME)
+    start, frozen = 0, frozen_digest(model)
+    checkpoint, changes = folder.begin(
+        recipe, images=packed.names, frozen=frozen, derived=derived, may_differ=MAY_DIFFER_ON_RESUME
+    )
     for change in changes:
         accelerator.print(f"resumed with another recipe: {change}")
     accelerator.init_trackers("")
@@ -208,7 +209,8 @@ def run(signals: Signals, recipe: FinetuneRecipe, *, train: LabelledSet | None =
         if step and recipe.eval_every and step % recipe.eval_every == 0:
             # first here, after the checkpoint of these steps: a run that is stopped in it does it again
             scores, _ = judge(job, model)
-            folder.log(step, miou=scores.miou, aacc=scores.aacc, macc=scores.macc)
+            folder.log(step, **summary(scores))
+            accelerator.log(summary(scores), step=step)
         with clock.measure("data"):
             batch = cut_batch(packed, index, crops, accelerator, seed=recipe.seed, step=step)
         with clock.measure("train"), folder.pointing_back():
@@ -245,6 +247,7 @@ def run(signals: Signals, recipe: FinetuneRecipe, *, train: LabelledSet | None =
     return folder.path
 
 
+@released()
 def run_seeds(recipe: FinetuneRecipe) -> dict[str, Any]:
     """Fine-tune with ``recipe.seeds`` seeds, as ``seeds.repeat`` does, and return what ``seeds.json`` holds."""
     if open_data(recipe)[1] is None:
@@ -327,6 +330,7 @@ def finish(job: Job, model: PreTrainedModel, folder: RunFolder) -> None:
         job.accelerator.print("no scores: there are no images to evaluate on (--val-split, --val-match or --val-data)")
         return
     scores, skipped = judge(job, model)
+    job.accelerator.log(summary(scores), step=job.plan.steps)
     if folder.write:
         num_images = len(job.val) - len(skipped)
         print(table(scores, num_images=num_images, skipped=skipped))

@@ -37,8 +37,10 @@ def make_plan(given: Any, *, num_images: int, short_side: int, patch: int, on_cp
     at most 512 px, or 256 px on a CPU, in whole patches. Batch: 8, or 4 on a CPU. Rates: 6e-5 throughout where the
     run sees 160,000 images, otherwise 1e-3 for the head and 3e-5 below it.
     """
-    batch_size = given.batch_size or (4 if on_cpu else 8)
-    steps = given.steps or max(STEPS[0], min(STEPS[1], PASSES * num_images // batch_size))
+    batch_size = (4 if on_cpu else 8) if given.batch_size is None else given.batch_size
+    steps = given.steps
+    if steps is None:
+        steps = max(STEPS[0], min(STEPS[1], PASSES * num_images // batch_size))
     long = steps * batch_size >= LONG_RUN_VISITS
     derived = Plan(
         steps=steps,

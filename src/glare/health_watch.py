@@ -56,8 +56,6 @@ def check_patience(recipe: Any) -> None:
     patience = recipe.patience
     if patience is None:
         return
-    if patience < 1:
-        raise UserError(f"patience is {patience}; give the number of steps, at least 1, or leave it out")
     interval = min(recipe.checkpoint_every, -(-CHECK_EVERY // recipe.log_every) * recipe.log_every)
     if patience < interval:
         raise UserError(

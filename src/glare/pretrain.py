@@ -12,7 +12,8 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm import tqdm
 
-from glare import checkpoints, recipes, region_attention
+from glare import checkpoints, ranges, recipes, region_attention
+from glare.agreement import check_agreement
 from glare.backbones import ADAPTERS, adapt, load_backbone, read_normalisation
 from glare.data.sources import Images
 from glare.disk_space import room_for
@@ -29,11 +30,13 @@ from glare.objectives.glare import GlareObjective, GlareSettings
 from glare.objectives.simmim import SimMIMObjective
 from glare.preemption import Signals, stoppable
 from glare.pretrain_log import describe, measurements, progress_text
-from glare.pretrain_plan import Plan, derive_model, derive_optimisation, derive_steps, overlay
+from glare.pretrain_plan import Plan, check_sizes, derive_model, derive_optimisation, derive_steps, overlay
 from glare.pretrain_step import cut_views, train_step
 from glare.price import Meter, trained_parameters
 from glare.recipes import option, required
+from glare.resuming import frozen_digest
 from glare.run_folder import RunFolder
+from glare.run_lock import released
 from glare.runtime import (
     DEVICES,
     PRECISIONS,
@@ -83,7 +86,7 @@ class PretrainRecipe:
     min_learning_rate: float = option(1e-6, "at the end of the cosine")
     warmup_steps: int | None = option(None, "linear warm-up; derived where not given")
     weight_decay: float = option(0.1, "of matrices; biases and norms have none")
-    clip: float = option(3.0, "largest gradient norm of each parameter")
+    clip: float = option(3.0, "largest gradient norm of each parameter; 0 for no clipping")
     freeze_last_layer_steps: int | None = option(None, "steps in which prototypes hold; an epoch, at most a tenth")
     head_warmup_steps: int = option(0, "steps in which only the objective's heads learn")
     anchor: float = option(0.0, "weight of a term that holds patches near their features without adapters")
@@ -126,9 +129,7 @@ class PretrainRecipe:
     glare: GlareSettings = option(GlareSettings(), "objective")
 
     def __post_init__(self) -> None:
-        for name in ("checkpoint_every", "keep_checkpoints", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; give at least 1")
+        ranges.check(self)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -137,6 +138,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 @room_for("the files of the run")
+@released()
 @stoppable
 def run(signals: Signals, given: Mapping[str, Any]) -> Path:
     """Adapt; ``given`` are the recipe keys the user set, the others are derived from the data or the paper's.
@@ -160,12 +162,14 @@ def run(signals: Signals, given: Mapping[str, Any]) -> Path:
     num_images = len(source) if isinstance(source, Images) else None
     recipe, derived = resolve(given, num_images=num_images, patch_size=model.patch_size, accelerator=accelerator)
     plan, feed = Plan.of(recipe), open_feed(source, recipe, accelerator)
+    check_agreement(accelerator, recipe, feed.names)
     accelerator.print(describe(plan, feed, derived))
 
     # student, teacher, optimizer
     torch.manual_seed(recipe.seed)
     model = adapt(model, recipe.adapter, rank=recipe.rank, scale=recipe.scale, place=recipe.adapter_place)
     student = make_student(model, recipe).to(accelerator.device)
+    frozen = frozen_digest(student.backbone)
     if isinstance(student.objective, GlareObjective):
         started = region_attention.start(student.objective.cross_attention, recipe.backbone)
         if started:
@@ -185,7 +189,9 @@ def run(signals: Signals, given: Mapping[str, Any]) -> Path:
 
     # run folder, resume
     folder = RunFolder.create(recipe.output, resume=recipe.resume, write=accelerator.is_main_process)
-    checkpoint, changes = folder.begin(recipe, images=feed.names, may_differ=MAY_DIFFER_ON_RESUME)
+    checkpoint, changes = folder.begin(
+        recipe, images=feed.names, frozen=frozen, derived=derived, may_differ=MAY_DIFFER_ON_RESUME
+    )
     for change in changes:
         accelerator.print(f"resumed with another recipe: {change}")
     accelerator.init_trackers("")
@@ -271,11 +277,13 @@ def resolve(
     asked = recipes.from_dict(PretrainRecipe, given)
     if num_images is None and asked.steps is None:
         raise UserError(f"how many images {asked.data!r} has is not known before it is streamed; give --steps")
-    batch_size = asked.batch_size or min(num_images or LARGE, 8 if accelerator.device.type == "cpu" else 64)
+    usual = min(num_images or LARGE, 8 if accelerator.device.type == "cpu" else 64)
+    batch_size = usual if asked.batch_size is None else asked.batch_size
     check_shares(batch_size, accelerator.num_processes, asked.gradient_accumulation_steps)
     count = num_images or LARGE * batch_size
     per_epoch = max(1, count // batch_size)
-    steps = asked.steps or (asked.epochs * per_epoch if asked.epochs else derive_steps(count, batch_size))
+    usual = derive_steps(count, batch_size) if asked.epochs is None else asked.epochs * per_epoch
+    steps = usual if asked.steps is None else asked.steps
     derived: dict[str, Any] = {
         "batch_size": batch_size,
         "steps": steps,
@@ -293,17 +301,12 @@ def resolve(
             "give --adapter uniadapter or lora, or leave anchor out"
         )
     check_patience(recipe)
+    check_sizes(recipe.views, patch_size)
     if recipe.select == "health" and recipe.checkpoint_every >= steps:
         raise UserError(
             f"select health chooses among checkpoints, and with checkpoint_every {recipe.checkpoint_every} a run of "
             f"{steps} steps writes one; give --checkpoint-every {max(1, steps // 6)}"
         )
-    for name, size in (("global_size", recipe.views.global_size), ("local_size", recipe.views.local_size)):
-        if size % patch_size:
-            raise UserError(
-                f"views.{name} {size} is no multiple of the patch size {patch_size}; "
-                f"give {max(1, round(size / patch_size)) * patch_size}"
-            )
     chosen = {key: value for key, value in flatten(derived).items() if key not in flatten(known)}
     return recipe, chosen
 

@@ -1,7 +1,12 @@
 """What has to be the same when a run goes on with ``--resume``; each difference is one sentence."""
 
+import hashlib
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
 
 from glare.errors import UserError, shortened
 from glare.recipes import to_dict
@@ -32,21 +37,71 @@ MAY_DIFFER_ON_RESUME = frozenset(
 """Recipe keys that may change between a run and its ``--resume``."""
 
 
-def check_same_recipe(file: Path, recipe: "DataclassInstance", may_differ: frozenset[str]) -> list[str]:
-    """What changed of the keys ``may_differ``; UserError where the recipes differ in another key that matters."""
+AS_WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of a number -> integers as long
+
+
+def check_same_recipe(
+    file: Path, recipe: "DataclassInstance", may_differ: frozenset[str], derived: Collection[str] = ()
+) -> list[str]:
+    """What changed of the keys ``may_differ``; UserError where the recipes differ in another key that matters.
+
+    ``derived`` keys were not given; where they differ, it is because of what they follow from.
+    """
     old, new = flatten(read_mapping(file)), flatten(to_dict(recipe))
     changes = {
         name: f"{name} was {written(old.get(name))} and is {written(new.get(name))}"
         for name in {**old, **new}
         if old.get(name) != new.get(name) and name.split(".")[0] not in MAY_DIFFER_ON_RESUME
     }
-    wrong = [text for name, text in changes.items() if name not in may_differ]
+    wrong = {name: text for name, text in changes.items() if name not in may_differ}
     if wrong:
+        followed = [name for name in wrong if name in derived]
+        remedy = _remedy(followed, old, new) if followed else "give --resume with the old values"
         raise UserError(
-            f"the run in {file.parent} has another recipe: {'; '.join(wrong)}; "
-            "give --resume with the old values, or another --output without it"
+            f"the run in {file.parent} has another recipe: {'; '.join(wrong.values())}; {remedy}, "
+            "or another --output without it"
         )
     return list(changes.values())
+
+
+def _remedy(followed: list[str], old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """What to do about keys that nobody gave: give back what they follow from, or state them."""
+    steps = [written(values.get("steps")) for values in (old, new)]
+    changed = steps[0] != steps[1]
+    source = f"steps (was {steps[0]} and is {steps[1]})" if changed else "the steps, the images and the device"
+    stated = " ".join(f"{name}={written(old.get(name))}" for name in followed)
+    return (
+        f"what was not given ({', '.join(followed)}) follows from {source}: give --resume with "
+        f"{f'--steps {steps[0]}, or with ' if changed else ''}the old values: {stated}"
+    )
+
+
+@torch.no_grad()
+def frozen_digest(module: nn.Module) -> str:
+    """What identifies the weights that do not train, the same bits on every device.
+
+    The bytes of each row are added up as integers of 64 bits, in which their order does not matter, and the sums
+    hashed: this takes as long as it takes to read the weights once (2.4 GB/s on one busy core).
+    """
+    found = hashlib.sha256()
+    for parameter in module.parameters():
+        if not parameter.requires_grad:
+            value = parameter.detach().contiguous()
+            rows = value.reshape(len(value) if value.ndim else 1, -1)
+            fits = rows.shape[1] * rows.element_size() % 8 == 0
+            rows = rows.view(torch.int64 if fits else AS_WHOLE[rows.element_size()])
+            found.update(f"{value.dtype} {tuple(value.shape)}".encode())
+            found.update(rows.sum(dim=1, dtype=torch.int64).cpu().numpy().tobytes())
+    return found.hexdigest()
+
+
+def check_same_frozen(run: Path, old: str | None, new: str | None) -> None:
+    """UserError where a checkpoint was made on other frozen weights; one that does not know them is taken as it is."""
+    if old is not None and new is not None and old != new:
+        raise UserError(
+            f"the weights that do not train are not those that the run in {run} was made with: its backbone or model "
+            "was replaced; give --resume with the old one in its place, or another --output without it"
+        )
 
 
 def check_same_images(run: Path, old: list[str] | None, new: list[str] | None) -> None:

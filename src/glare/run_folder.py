@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 from torch import Tensor
 
-from glare import checkpoints
+from glare import checkpoints, run_lock
 from glare.checkpoints import Checkpoint
 from glare.curves import read_lines
 from glare.disk_space import room_for
 from glare.errors import NotFiniteError, UserError
 from glare.recipes import to_yaml
-from glare.resuming import check_same_images, check_same_recipe, check_steps
+from glare.resuming import check_same_frozen, check_same_images, check_same_recipe, check_steps
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -38,6 +38,7 @@ class RunFolder:
         self.path = path
         self.write = write
         self.images: list[str] | None = None  # of the run, by name, for its checkpoints
+        self.frozen: str | None = None  # digest of the weights that do not train, likewise
 
     @staticmethod
     def check(path: Path, *, resume: bool | None = None) -> None:
@@ -47,20 +48,23 @@ class RunFolder:
         """
         if path.exists() and not path.is_dir():
             raise UserError(f"the output {path} is a file; give a folder that is new or empty")
-        if path.exists() and not all(map(_is_leftover, path.iterdir())):
-            _check_used(path, resume=resume)
+        if path.exists():
+            run_lock.check_free(path)
+            if not all(map(_is_leftover, path.iterdir())):
+                _check_used(path, resume=resume)
         above = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
         if not above.is_dir() or not os.access(above, os.W_OK):
             raise UserError(f"the output {path} cannot be made, {above} is no folder one may write to; give another")
 
     @classmethod
     def create(cls, path: Path, *, resume: bool | None = None, write: bool = True) -> "RunFolder":
-        """Make the folder, once everything that the user may have got wrong is known to be right."""
+        """Make the folder and lock it, once everything that the user may have got wrong is known to be right."""
         if write:
             cls.check(path, resume=resume)
             with room_for(path):
                 path.mkdir(parents=True, exist_ok=True)
                 _sync(path.parent)
+            run_lock.take(path)
         return cls(path, write=write)
 
     def begin(
@@ -68,6 +72,8 @@ class RunFolder:
         recipe: "DataclassInstance",
         *,
         images: Sequence[str] | None = None,
+        frozen: str | None = None,
+        derived: Collection[str] = (),
         may_differ: frozenset[str] = frozenset(),
     ) -> tuple[Checkpoint | None, list[str]]:
         """Write ``recipe.yaml``; return the checkpoint to go on from, None where there is none, and what is different.
@@ -75,20 +81,23 @@ class RunFolder:
         That is what changed of the keys ``may_differ``, which stands as comments above the recipe, too. In a resumed
         folder, what a killed run was writing goes, and the metrics are brought back to the checkpoint. Raises
         UserError, with nothing changed, where the checkpoint was made with other ``images`` (by name, in the order in
-        which the run counts them) or has more steps than the recipe, where the run was made with other values of other
-        keys that matter, or has checkpoints of which none is usable.
+        which the run counts them), with other ``frozen`` weights (``resuming.frozen_digest``) or has more steps than
+        the recipe, where the run was made with other values of other keys that matter (those ``derived`` were not
+        given), or has checkpoints of which none is usable.
         """
         file = self.path / "recipe.yaml"
         changes, comments = [], ""
-        self.images = None if images is None else list(images)
+        self.images, self.frozen = None if images is None else list(images), frozen
         checkpoint = self.latest_checkpoint()
         if checkpoint is not None:
             # before the recipe, of which much follows from these two
             check_same_images(self.path, checkpoint.images, self.images)
             check_steps(self.path, checkpoint.step, getattr(recipe, "steps", None))
         if file.exists():
-            changes = check_same_recipe(file, recipe, may_differ)
+            changes = check_same_recipe(file, recipe, may_differ, derived)
             comments = "".join(line for line in file.read_text("utf-8").splitlines(True) if line.startswith("#"))
+        if checkpoint is not None:
+            check_same_frozen(self.path, checkpoint.frozen, frozen)  # of another backbone the recipe tells more
         if self.write:
             self._clear_leftovers()
             self._rewind(checkpoint)
@@ -128,7 +137,7 @@ class RunFolder:
             _sync(self._metrics)
             logged = self._metrics.stat().st_size
         with self.publish(checkpoints.name_of(step)) as folder:
-            checkpoints.fill(folder, step, tensors, state, logged, self.images)
+            checkpoints.fill(folder, step, tensors, state, logged, self.images, self.frozen)
         checkpoints.prune(self.path, step, keep, protected)
 
     def latest_checkpoint(self) -> Checkpoint | None:

@@ -29,7 +29,9 @@ def check_precision(accelerator: Accelerator) -> None:
 def shard_blocks(backbone: PreTrainedModel) -> None:
     """Give each process its part of every block. Optimizers are made afterwards: the parameters are new ones."""
     for block in vit_blocks(backbone):
-        fully_shard(block, reshard_after_forward=True)  # the teacher has no backward pass after which to do it
+        # after the forward pass, as the teacher has no backward pass after which to do it
+        sharded = fully_shard(block, reshard_after_forward=True)
+        sharded.set_force_sum_reduction_for_comms(True)  # gloo of torch 2.8 sums where it is asked for a mean
 
 
 @torch.no_grad()

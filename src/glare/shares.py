@@ -14,8 +14,6 @@ from glare.runtime import seeded
 
 def check_shares(batch_size: int, processes: int, accumulation: int) -> None:
     """Raise UserError where a batch cannot be shared out equally."""
-    if accumulation < 1:
-        raise UserError(f"gradient_accumulation_steps is {accumulation}; give 1 or more")
     if batch_size % (processes * accumulation):
         passes = f" times {accumulation} gradient_accumulation_steps" if accumulation > 1 else ""
         raise UserError(

@@ -6,6 +6,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from glare import ranges
 from glare.crops import PackedImages, cut
 from glare.draws import Draws
 from glare.geometry import Crop, Grid, random_resized_crops
@@ -44,14 +45,7 @@ class ViewConfig:
     patch_blur_sigma: float = option(0.3125, "of patch blur, in patch sides (5 px for a patch of 16)")
 
     def __post_init__(self) -> None:
-        for name in ("global_area", "local_area", "patch_ratio"):
-            low, high = getattr(self, name)
-            if not 0 < low <= high <= 1:
-                raise ValueError(f"{name} is {(low, high)}; give two numbers with 0 < low <= high <= 1")
-        if self.num_local < 0:
-            raise ValueError(f"num_local is {self.num_local}; give 0 or more")
-        if self.patch_square < 1:
-            raise ValueError(f"patch_square is {self.patch_square}; give at least 1")
+        ranges.check(self)
 
 
 @dataclass(frozen=True)
