@@ -36,6 +36,7 @@ from glare.runtime import (
     PRECISIONS,
     TRACKERS,
     Clock,
+    check_weights,
     epoch_batches,
     make_accelerator,
     restore_scaler,
@@ -162,7 +163,8 @@ def run(signals: Signals, recipe: ClassifyRecipe) -> Path:
         with clock.measure("data"):
             pixels, targets = cut_batch(train, index, crops, accelerator, seed=recipe.seed, step=step)
         rate = warmup_poly(step, steps=steps, warmup=warmup, peak=recipe.learning_rate)
-        loss = train_step(wrapped, optimizer, pixels, targets, accelerator, seed=recipe.seed, step=step, rate=rate)
+        with folder.pointing_back():
+            loss = train_step(wrapped, optimizer, pixels, targets, accelerator, seed=recipe.seed, step=step, rate=rate)
         bar.update()
         done, stopping = step + 1, signals.asked(accelerator)
         if done == steps or done % recipe.log_every == 0:
@@ -177,7 +179,9 @@ def run(signals: Signals, recipe: ClassifyRecipe) -> Path:
             clock, logged = Clock(), done
         if stopping or done == steps or done % recipe.checkpoint_every == 0:
             others = {"scaler": scaler_state(accelerator)}
-            folder.write_checkpoint(done, state.tensors(), others, keep=recipe.keep_checkpoints)
+            with folder.pointing_back():
+                check_weights(tensors := state.tensors(), done)
+                folder.write_checkpoint(done, tensors, others, keep=recipe.keep_checkpoints)
         if stopping:
             break
     bar.close()
