@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from glare.data.labelled import LabelledSet, open_labelled
+from glare.data.raster_windows import AS_NEEDED, RasterReading, file_of
 from glare.data.sources import matching
 from glare.errors import UserError, first_line
 from glare.paths import local_path
@@ -55,10 +56,10 @@ class Division:
     text: str
 
 
-def open_pool(data: str, *, match: str | None) -> Pool:
+def open_pool(data: str, *, match: str | None, raster: RasterReading = AS_NEEDED) -> Pool:
     """The images of the splits ``train`` and ``val`` of a labelled folder, or of all of it where it has no such."""
     found = [name for name in SPLITS if (local_path(data) / name / "images").is_dir()]
-    sets = [open_labelled(data, split=name) for name in found] or [open_labelled(data)]
+    sets = [open_labelled(data, split=name or None, raster=raster) for name in found or [""]]
     if any(part.classes != sets[0].classes for part in sets):
         raise UserError(f"train and val of {data!r} have different classes; give both the same classes.json")
     parts = [name for name, part in zip(found or [""], sets, strict=True) for _ in part.names]
@@ -137,7 +138,7 @@ def _read_column(folder: Path, column: str) -> dict[str, str] | None:
 
 
 def _look_up(table: dict[str, str], name: str, column: str) -> str:
-    file = name if name in table else Path(name).name
+    file = next((found for found in (name, file_of(name)) if found in table), file_of(Path(name).name))
     if file not in table:
         raise UserError(f"{METADATA} has no line for {name!r}, so its {column!r} is not known; add one")
     return table[file]

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from glare import recipes
 from glare.data.labelled import LabelledSet, open_labelled
+from glare.data.raster_windows import RasterReading
 from glare.data.sources import BadImage
 from glare.errors import UserError
 from glare.inference import DEFAULT_TILING, Tiling, class_names, load_segmenter, logits
@@ -51,6 +52,7 @@ class EvaluateRecipe:
     strict: bool = option(False, "stop at the first unreadable image instead of skipping it")
     device: str = option("auto", "where to run", choices=DEVICES)
     precision: str = option("auto", "auto: bf16 where the processor has it", choices=PRECISIONS)
+    raster: RasterReading = option(RasterReading(), "GeoTIFFs")
 
     def __post_init__(self) -> None:
         Tiling(self.window, self.stride)
@@ -66,7 +68,7 @@ def run(recipe: EvaluateRecipe) -> SegmentationScores:
     accelerator = make_accelerator(device=recipe.device, precision=recipe.precision, report_to="none", output=Path())
     model, normalise = load_segmenter(recipe.model, device=accelerator.device)
     split = recipe.split or default_split(recipe.data, "val")
-    data = open_labelled(recipe.data, split=split, match=recipe.match)
+    data = open_labelled(recipe.data, split=split, match=recipe.match, raster=recipe.raster)
     check_classes(class_names(model), data.classes, model=recipe.model, data=recipe.data)
     tiling = Tiling(recipe.window, recipe.stride)
     with accelerator.autocast():

@@ -15,7 +15,7 @@ from glare import checkpoints, head_start, recipes, region_attention
 from glare.backbones import ADAPTERS, adapt, load_backbone, read_normalisation
 from glare.crops import PackedImages, fits, subset
 from glare.data.cache import pack
-from glare.data.sources import open_source
+from glare.data.sources import RasterReading, open_source
 from glare.disk_space import room_for
 from glare.draws import Draws
 from glare.errors import UserError
@@ -115,6 +115,7 @@ class PretrainRecipe:
     num_workers: int | None = option(None, "threads that decode images; one a core where not given")
     report_to: str = option("tensorboard", "trackers besides metrics.jsonl", choices=TRACKERS)
     resume: bool = option(False, "go on from the last checkpoint of the output folder")
+    raster: RasterReading = option(RasterReading(), "GeoTIFFs")
     views: ViewConfig = option(ViewConfig(), "views")
     glare: GlareSettings = option(GlareSettings(), "objective")
 
@@ -146,7 +147,7 @@ def run(signals: Signals, given: Mapping[str, Any]) -> Path:
 
     # data, model, and the settings that depend on them
     model, normalise = load_backbone(recipe.backbone), read_normalisation(recipe.backbone)
-    source = open_source(recipe.data, match=recipe.match)
+    source = open_source(recipe.data, match=recipe.match, raster=recipe.raster)
     recipe, derived = resolve(given, num_images=len(source), patch_size=model.patch_size, accelerator=accelerator)
     plan = Plan.of(recipe)
     packed = pack(
@@ -286,8 +287,7 @@ def resolve(
                 f"views.{name} {size} is no multiple of the patch size {patch_size}; "
                 f"give {max(1, round(size / patch_size)) * patch_size}"
             )
-    chosen = {key: value for key, value in flatten(derived).items() if key not in flatten(known)}
-    return recipe, chosen
+    return recipe, {key: value for key, value in flatten(derived).items() if key not in flatten(known)}
 
 
 def make_student(model: GlareModel, recipe: PretrainRecipe) -> Student:

@@ -23,8 +23,10 @@ from glare.data.listing import EXTENSIONS, extension_of, image_names
 from glare.data.listing import image_files as image_files
 from glare.data.listing import natural as natural
 from glare.data.opening import open_picture, reason_of
+from glare.data.raster_windows import AS_NEEDED, Part, list_parts
+from glare.data.raster_windows import RasterReading as RasterReading
 from glare.errors import UserError, first_line
-from glare.paths import kind_of, local_path, printable
+from glare.paths import kind_of, local_path
 
 SHARDS = {"parquet": "parquet", "tar": "webdataset"}
 """File extension -> the builder of `datasets` that reads it."""
@@ -71,10 +73,14 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Images:
-    """A Source over images that Pillow opens: ``open_image(index)`` need not decode yet."""
+    """A Source over images that Pillow opens: ``open_image(index)`` need not decode yet.
+
+    ``parts``: of which file each is, and which part of it, where they are those of a folder.
+    """
 
     names: Sequence[str]
     open_image: Callable[[int], Image.Image]
+    parts: Sequence[Part] = ()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -99,10 +105,11 @@ class Images:
     def subset(self, indices: Iterable[int]) -> "Images":
         """Only the images ``indices``, in that order."""
         kept = list(indices)
-        return Images([self.names[i] for i in kept], lambda index: self.open_image(kept[index]))
+        parts = [self.parts[i] for i in kept] if self.parts else ()
+        return Images([self.names[i] for i in kept], lambda index: self.open_image(kept[index]), parts)
 
 
-def open_source(data: str, *, match: str | None = None) -> Images:
+def open_source(data: str, *, match: str | None = None, raster: RasterReading = AS_NEEDED) -> Images:
     """List the images that ``data`` names.
 
     Args:
@@ -110,6 +117,7 @@ def open_source(data: str, *, match: str | None = None) -> Images:
             image, a parquet file or tar shard or a folder of them, a data set of the Hub as ``owner/name`` (its
             ``train`` split, or the largest if there is none), or ``landcover:<domain>[:count[:seed]]``.
         match: globs on file stems, comma-separated, a leading ``!`` excludes: ``tile[134]_*,!tile1_003``.
+        raster: how the GeoTIFFs of folders are read.
 
     Raises:
         UserError: there is no such data, it holds no images, or ``match`` selects none.
@@ -117,9 +125,9 @@ def open_source(data: str, *, match: str | None = None) -> Images:
     path = local_path(data)
     kind = kind_of(path) if data else None
     if kind == "folder":
-        images = _open_folder(path)
+        images = _open_folder(path, raster)
     elif kind == "file":
-        images = _open_file(path)
+        images = _open_file(path, raster)
     elif data.partition(":")[0] == "landcover":
         scenes = parse_landcover(data)
         images = Images([scenes.name(i) for i in range(len(scenes))], scenes.read)
@@ -246,14 +254,15 @@ def _upright(rgb: Image.Image, original: Image.Image) -> Image.Image:
     return rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb
 
 
-def folder_images(folder: Path, names: Sequence[str]) -> Images:
-    """The files ``names`` of a folder, by their names as valid text."""
-    return Images([printable(name) for name in names], lambda index: open_picture(folder / names[index]))
+def folder_images(folder: Path, names: Sequence[str], raster: RasterReading = AS_NEEDED) -> Images:
+    """The files ``names`` of a folder, or windows of those that are read as rasters, by their names as valid text."""
+    parts = list_parts(folder, names, raster)
+    return Images([part.name for part in parts], lambda index: parts[index].open_image(), parts)
 
 
-def _open_folder(folder: Path) -> Images:
+def _open_folder(folder: Path, raster: RasterReading) -> Images:
     if names := image_names(folder):
-        return folder_images(folder, names)
+        return folder_images(folder, names, raster)
     for extension, builder in SHARDS.items():
         if next(folder.rglob(f"*.{extension}"), None):
             return _open_table(str(folder), builder, data_dir=str(folder))
@@ -263,12 +272,12 @@ def _open_folder(folder: Path) -> Images:
     )
 
 
-def _open_file(file: Path) -> Images:
+def _open_file(file: Path, raster: RasterReading) -> Images:
     extension = extension_of(file.name)
     if extension in SHARDS:
         return _open_table(str(file), SHARDS[extension], data_files=str(file))
     if extension in EXTENSIONS:
-        return folder_images(file.parent, [file.name])
+        return folder_images(file.parent, [file.name], raster)
     allowed = ", ".join((*EXTENSIONS, *SHARDS))
     raise UserError(f"file {str(file)!r} is no image by its name; give a file named {allowed}, or a folder")
 
