@@ -74,6 +74,8 @@ def run(recipe: EvaluateRecipe) -> SegmentationScores:
     with accelerator.autocast():
         scores, skipped = evaluate(model, data, normalise=normalise, tiling=tiling, strict=recipe.strict)
     num_images = len(data) - len(skipped)
+    if not num_images:
+        raise UserError(f"none of the {len(data)} images can be used; {skipped[0][0]}, for example: {skipped[0][1]}")
     print(table(scores, num_images=num_images, skipped=skipped))
     if recipe.json is not None:
         about = {"data": recipe.data, "split": split, "match": recipe.match, "model": recipe.model}

@@ -28,8 +28,10 @@ SUFFIXES = (".tif", ".tiff")
 EXTRA = "pip install 'glare-ssl[geotiff]'"
 SPOTS, SPOT_PX = 16, 64
 PERCENTILES = (2, 98)
+HUGE = 1e300  # a value whose difference from another may be no number
 CACHE_BYTES, MOST_CACHE_BYTES = 2**28, 2**29  # of decoded blocks
 USUAL_ROWS = 1024  # of a window
+MAX_BANDS = 1000
 MAX_BLOCK_BYTES = 2**28  # of a block that has to be decoded whole
 GDAL_OPTIONS = {
     "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",  # no files beside it: they may lead anywhere
@@ -115,8 +117,8 @@ class Reader:
 class Raster:
     """A GeoTIFF as RGB: sides in px, how many bands of which type it has, and which of them, from 1, are RGB.
 
-    ``black`` and ``white`` (3,) are the values that become 0 and 255, None for 8 bits. ``masked``: some pixels may
-    have no data.
+    ``black`` and ``white`` (3,) are the values that become 0 and 255, None where values stay as they are.
+    ``masked``: some pixels may have no data.
     """
 
     file: Path
@@ -197,7 +199,7 @@ class Raster:
 
 
 def open_raster(file: Path, reader: Reader, *, bands: tuple[int, int, int] | None = None) -> Raster:
-    """A GeoTIFF, of which the header, the first and the last pixel and, for other than 8 bits, spots are read.
+    """A GeoTIFF, of which the header, the first and the last pixel are read; it still has to be ``stretched``.
 
     ``bands``: which are red, green and blue; 1, 2, 3 by default, or the first as grey where there are fewer than 3.
     Raises ValueError, which says why, for one that cannot be read.
@@ -219,11 +221,13 @@ def open_raster(file: Path, reader: Reader, *, bands: tuple[int, int, int] | Non
         raster = Raster(file, reader, dataset.width, dataset.height, dataset.count, dtype, bands, masked)
     for left, top in ((0, 0), (raster.width - 1, raster.height - 1)):
         raster._values(Box(left, top, 1, 1))
-    return raster.stretched()
+    return raster
 
 
 def _check(dataset: Any) -> None:
     """ValueError for what cannot be read in parts, or is no picture."""
+    if dataset.count > MAX_BANDS:
+        raise ValueError(f"it has {dataset.count} bands, at most {MAX_BANDS} are read; write fewer into a file")
     dtype = str(dataset.dtypes[0])
     if dtype.startswith("complex"):
         raise ValueError(f"its values are complex numbers ({dtype}); write their magnitude, or bands of real numbers")
@@ -254,10 +258,10 @@ def _spread(length: int) -> list[int]:
 
 def _limits(values: NDArray[np.float64]) -> tuple[float, float]:
     """What becomes black and white: the percentiles, where they are equal the least and greatest value."""
-    finite = values[np.isfinite(values)]
+    finite = values[np.abs(values) < HUGE]
     for edges in (PERCENTILES, (0, 100)):
         low, high = np.percentile(finite, edges) if finite.size else (0.0, 1.0)
-        if math.isfinite(high - low) and low < high:
+        if low < high:
             return float(low), float(high)
     return float(low), math.nextafter(float(low), math.inf)
 

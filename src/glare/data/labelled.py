@@ -19,7 +19,7 @@ from glare.data.geotiff import SUFFIXES, Reader
 from glare.data.landcover import parse_landcover
 from glare.data.listing import image_names
 from glare.data.opening import open_picture, reason_of
-from glare.data.raster_windows import AS_NEEDED, Part, RasterReading
+from glare.data.raster_windows import AS_NEEDED, Part, RasterReading, list_parts
 from glare.data.sources import BadImage, folder_images, matching
 from glare.errors import UserError, shortened
 from glare.paths import kind_of, local_path, printable
@@ -210,14 +210,15 @@ def _folder(folder: Path, raster: RasterReading) -> LabelledSet:
     names = image_names(folder / "images")
     if not names:
         raise UserError(f"folder {str(folder / 'images')!r} holds no images; {LAYOUT}")
-    images = folder_images(folder / "images", names, raster)
+    parts = list_parts(folder / "images", names, raster)
+    images = folder_images(parts)
     classes, palette, ignore = _read_classes(folder)
     reader = Reader()  # of its own, so that the images' stays at its file
 
     def load(index: int) -> Labelled:
-        image, part = images.read(index), images.parts[index]
+        image = images.read(index)
         try:
-            return image, _read_label(part, folder, image.size, reader, num_classes=len(classes), ignore=ignore)
+            return image, _read_label(parts[index], folder, image.size, reader, num_classes=len(classes), ignore=ignore)
         except ValueError as error:
             raise BadImage(images.name(index), str(error)) from error
 

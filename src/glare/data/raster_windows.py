@@ -35,7 +35,7 @@ from glare.recipes import option
 logger = logging.getLogger(__name__)
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # its complaints are sentences of ours
 
-TILE_PX = 1024
+TILE_PX, WHOLE = 1024, 0
 MIN_SHARE = 0.5  # of the middle of a window that has to have data
 MAX_WINDOWS = 100_000  # of one file; more than a header lies about than anybody has
 MOST_LINES = 10
@@ -46,7 +46,7 @@ WINDOW = re.compile(r"@\d+,\d+$")
 
 @dataclass(frozen=True)
 class RasterReading:
-    """How GeoTIFFs are read that Pillow cannot; where a key is given, all TIFFs are read like this."""
+    """How GeoTIFFs are read that Pillow cannot; where windows or bands are given, all TIFFs are read like this."""
 
     tile: int | None = option(None, "GeoTIFFs: largest side of the windows in px, 0 for none; 1024 where not given")
     bands: tuple[int, int, int] | None = option(None, "GeoTIFFs: bands for red, green and blue; 1,2,3 where not given")
@@ -61,8 +61,8 @@ class RasterReading:
 
     @property
     def asked(self) -> bool:
-        """Whether the user has said anything."""
-        return self.tile is not None or self.bands is not None
+        """Whether TIFFs are read like this that Pillow can read, too."""
+        return bool(self.tile) or self.bands is not None
 
 
 AS_NEEDED = RasterReading()
@@ -111,22 +111,42 @@ class Part:
             raise ValueError(f"its label {printable(str(file))} cannot be used: {error}") from error
 
 
+@dataclass(frozen=True)
+class Parts:
+    """The pictures of a folder; of those that are whole files for Pillow only the names are held, there are many."""
+
+    folder: Path
+    entries: Sequence[str | Part]
+
+    def __getitem__(self, index: int) -> Part:
+        entry = self.entries[index]
+        return Part(printable(entry), self.folder / entry) if isinstance(entry, str) else entry
+
+    def names(self) -> list[str]:
+        """What the pictures are called."""
+        return [printable(entry) if isinstance(entry, str) else entry.name for entry in self.entries]
+
+    def subset(self, indices: Sequence[int]) -> "Parts":
+        """Only these, in that order."""
+        return Parts(self.folder, [self.entries[index] for index in indices])
+
+
 def file_of(name: str) -> str:
     """The file behind the name of a picture: ``scene.tif`` for scene.tif@0,1024."""
     return WINDOW.sub("", name)
 
 
-def list_parts(folder: Path, names: Sequence[str], reading: RasterReading = AS_NEEDED) -> list[Part]:
+def list_parts(folder: Path, names: Sequence[str], reading: RasterReading = AS_NEEDED) -> Parts:
     """The files ``names`` of a folder; of TIFFs the header is read, and rasters are cut into windows and announced.
 
     A window is called scene.tif@left,top, in px. Windows of a file are of one size, give or take a pixel, and do not
     overlap; those of which the middle is mostly nodata are left out.
     """
-    reader, parts, lines = Reader(), list[Part](), list[str]()
+    reader, parts, lines = Reader(), list[str | Part](), list[str]()
     for name in names:
         shown, file = printable(name), folder / name
         if not _is_raster(file, reading):
-            parts.append(Part(shown, file))
+            parts.append(name)
             continue
         if not is_installed():
             parts.append(Part(shown, file, reason=f"Pillow cannot read such a TIFF, rasterio can; {EXTRA}"))
@@ -134,6 +154,7 @@ def list_parts(folder: Path, names: Sequence[str], reading: RasterReading = AS_N
         try:
             raster = open_raster(file, reader, bands=reading.bands)
             boxes = _grid(raster, reading.tile)
+            raster = raster.stretched()
             kept = [box for box in boxes if raster.share_of_data(box) >= MIN_SHARE] if len(boxes) > 1 else boxes
             if not kept:
                 raise ValueError("it is nodata nearly everywhere; remove it")
@@ -145,7 +166,7 @@ def list_parts(folder: Path, names: Sequence[str], reading: RasterReading = AS_N
             part = Part(shown, file, raster, box)
             parts.append(replace(part, name=f"{shown}@{box.left},{box.top}") if part.cut else part)
     _say(lines)
-    return parts
+    return Parts(folder, parts)
 
 
 def _is_raster(file: Path, reading: RasterReading) -> bool:

@@ -18,12 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from glare.data.geotiff import Raster
 from glare.data.landcover import parse_landcover
 from glare.data.listing import EXTENSIONS, extension_of, image_names
 from glare.data.listing import image_files as image_files
 from glare.data.listing import natural as natural
 from glare.data.opening import open_picture, reason_of
-from glare.data.raster_windows import AS_NEEDED, Part, list_parts
+from glare.data.raster_windows import AS_NEEDED, Parts, list_parts
 from glare.data.raster_windows import RasterReading as RasterReading
 from glare.errors import UserError, first_line
 from glare.paths import kind_of, local_path
@@ -80,7 +81,7 @@ class Images:
 
     names: Sequence[str]
     open_image: Callable[[int], Image.Image]
-    parts: Sequence[Part] = ()
+    parts: Parts | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -102,10 +103,14 @@ class Images:
         except Exception as error:  # Pillow's readers let almost any exception out on a broken file
             raise BadImage(self.names[index], reason_of(error)) from error
 
+    def raster(self, index: int) -> Raster | None:
+        """The GeoTIFF that image ``index`` is, or is a window of; None where Pillow reads it."""
+        return self.parts[index].raster if self.parts else None
+
     def subset(self, indices: Iterable[int]) -> "Images":
         """Only the images ``indices``, in that order."""
         kept = list(indices)
-        parts = [self.parts[i] for i in kept] if self.parts else ()
+        parts = self.parts.subset(kept) if self.parts else None
         return Images([self.names[i] for i in kept], lambda index: self.open_image(kept[index]), parts)
 
 
@@ -254,15 +259,14 @@ def _upright(rgb: Image.Image, original: Image.Image) -> Image.Image:
     return rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb
 
 
-def folder_images(folder: Path, names: Sequence[str], raster: RasterReading = AS_NEEDED) -> Images:
-    """The files ``names`` of a folder, or windows of those that are read as rasters, by their names as valid text."""
-    parts = list_parts(folder, names, raster)
-    return Images([part.name for part in parts], lambda index: parts[index].open_image(), parts)
+def folder_images(parts: Parts) -> Images:
+    """The pictures of a folder, as ``list_parts`` gives them."""
+    return Images(parts.names(), lambda index: parts[index].open_image(), parts)
 
 
 def _open_folder(folder: Path, raster: RasterReading) -> Images:
     if names := image_names(folder):
-        return folder_images(folder, names, raster)
+        return folder_images(list_parts(folder, names, raster))
     for extension, builder in SHARDS.items():
         if next(folder.rglob(f"*.{extension}"), None):
             return _open_table(str(folder), builder, data_dir=str(folder))
@@ -277,7 +281,7 @@ def _open_file(file: Path, raster: RasterReading) -> Images:
     if extension in SHARDS:
         return _open_table(str(file), SHARDS[extension], data_files=str(file))
     if extension in EXTENSIONS:
-        return folder_images(file.parent, [file.name], raster)
+        return folder_images(list_parts(file.parent, [file.name], raster))
     allowed = ", ".join((*EXTENSIONS, *SHARDS))
     raise UserError(f"file {str(file)!r} is no image by its name; give a file named {allowed}, or a folder")
 
