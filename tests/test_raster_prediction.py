@@ -141,7 +141,8 @@ def test_the_overlay_is_reduced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_a_broken_scene_leaves_nothing_behind(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "scene.tif"
-    write_raster(file, noise(4, 256, 256), tiled=True, blockxsize=64, blockysize=64, compress="deflate")
+    values = noise(5, 256, 256, dtype="uint8", high=256)
+    write_raster(file, values, tiled=True, blockxsize=64, blockysize=64, compress="deflate")
     content = bytearray(file.read_bytes())
     with rasterio.open(file) as raster:
         place = int(raster.get_tag_item("BLOCK_OFFSET_0_2", "TIFF", bidx=1))

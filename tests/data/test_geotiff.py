@@ -298,7 +298,9 @@ def test_what_is_no_picture_in_parts_is_refused(tmp_path: Path, monkeypatch: pyt
 def test_files_beside_a_raster_are_not_looked_at(tmp_path: Path) -> None:
     file = write_raster(tmp_path / "scene.tif", noise(4, 20, 20))
     before = np.asarray(open_source(str(file)).read(0))
-    (tmp_path / "scene.tif.msk").write_bytes(file.read_bytes())
+    rasterio = geotiff.rasterio()
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=False), rasterio.open(file, "r+") as raster:
+        raster.write_mask(np.zeros((20, 20), bool))
     (tmp_path / "scene.tif.aux.xml").write_text("<PAMDataset><PAMRasterBand band='1'><NoDataValue>1</NoDataValue>"
                                                 "</PAMRasterBand></PAMDataset>")  # fmt: skip
     assert np.array_equal(np.asarray(open_source(str(file)).read(0)), before)
