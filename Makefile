@@ -14,9 +14,10 @@ demo: $(INSTALLED)
 	$(BIN)/glare demo --output runs/demo
 
 # One thread a process: small tensors gain nothing from more, and the two test processes share two cores.
+# worksteal: neighbouring tests stay in one process, which builds what they share once.
 test: export OMP_NUM_THREADS = 1
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

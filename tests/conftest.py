@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from forks import Forks
 from hypothesis import HealthCheck, settings
 from tiny_models import FAMILIES, tiny_config, tiny_vit
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -55,3 +56,10 @@ def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
     logging.enable_propagation()
     yield caplog
     logging.disable_propagation()
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """Starts processes of ``glare`` without the seconds of their imports."""
+    with Forks() as made:
+        yield made

@@ -1,15 +1,8 @@
-"""Runs of a second or two on the command line, and an interpreter that starts them as real processes without imports.
-
-``python tests/small_runs.py`` imports everything once and then forks a process for each line of JSON on its stdin:
-a run can be killed for good, at any moment, twenty times in the time of a few starts of Python.
-"""
+"""Runs of a second or two: recipes, data and a ViT for them, and whether two runs are the same."""
 
 import json
-import os
-import resource
-import subprocess
-import sys
-import traceback
+import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +13,6 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny_models import tiny_vit
 
-from glare import cli
 from glare.checkpoints import TENSORS, folders
 from glare.yaml_files import dump
 
@@ -41,14 +33,36 @@ FINETUNE: dict[str, Any] = {"batch_size": 2, "crop_size": 16}
 TIMES = {"images_per_second", "data_wait"}
 
 
+Given = Callable[..., dict[str, Any]]
+"""``given(output, **changes)``: the keys of a pre-training recipe."""
+
+
+def write_photos(folder: Path, count: int) -> Path:
+    """Noise of different sizes, as PNG; returns ``folder``."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        image = Image.fromarray(rng.integers(0, 256, (30 + number, 41, 3), dtype=np.uint8))
+        image.save(folder / f"{number}.png")
+    return folder
+
+
+def pretraining(folder: Path, *, photos: int = 7, **fixed: Any) -> Given:
+    """A ViT of 3 blocks and photographs in ``folder``, and what makes recipes of them; ``fixed`` keys are in all."""
+    tiny_vit("dinov2").save_pretrained(folder / "vit")
+    write_photos(folder / "photos", photos)
+
+    def make(output: str, **changes: Any) -> dict[str, Any]:
+        places = {"backbone": str(folder / "vit"), "data": str(folder / "photos"), "output": folder / output}
+        return {**SHARED, **PRETRAIN, **fixed, **places, **changes}
+
+    return make
+
+
 def write_inputs(folder: Path) -> None:
     """A ViT, photographs, labelled scenes, and the recipes ``pretrain.yaml`` and ``finetune.yaml``."""
     tiny_vit("dinov2", num_hidden_layers=1).save_pretrained(folder / "vit")
-    (folder / "photos").mkdir()
-    rng = np.random.default_rng(0)
-    for number in range(7):
-        image = Image.fromarray(rng.integers(0, 256, (30 + number, 41, 3), dtype=np.uint8))
-        image.save(folder / "photos" / f"{number}.png")
+    write_photos(folder / "photos", 7)
     write_labelled(folder / "scenes" / "train", 5)
     write_labelled(folder / "scenes" / "val", 2)
     pretrain = {**SHARED, **PRETRAIN, "backbone": str(folder / "vit"), "data": str(folder / "photos")}
@@ -82,76 +96,10 @@ def assert_same_run(run: Path, other: Path) -> None:
         assert (run / file).read_bytes() == (other / file).read_bytes(), file
 
 
-class Starter:
-    """Starts runs in processes of their own; to be closed."""
-
-    def __init__(self) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-        command = [sys.executable, __file__]
-        self._process = subprocess.Popen(command, stdin=-1, stdout=-1, text=True, env=environment)
-
-    def start(
-        self, argv: list[str], log: Path, *, file_bytes: int = -1, environment: dict[str, str] | None = None
-    ) -> int:
-        """Start ``glare ARGV``; returns its process id. ``file_bytes`` is the largest file it may write."""
-        request = {"argv": argv, "log": str(log), "file_bytes": file_bytes, "environment": environment or {}}
-        return self._ask(request)
-
-    def wait(self, pid: int) -> int:
-        """Its exit code, once it has ended; minus the signal that killed it."""
-        return self._ask({"wait": pid})
-
-    def close(self) -> None:
-        """End the interpreter."""
-        self._process.kill()
-        self._process.communicate()
-
-    def _ask(self, request: dict[str, Any]) -> int:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return int(self._process.stdout.readline())
-
-
-def ended(pid: int) -> bool:
-    """Whether a process has ended and waits to be asked for its exit code."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-
-
-def _serve() -> None:
-    import glare.finetune
-    import glare.pretrain  # noqa: F401
-
-    tiny_vit("dinov2")
-    torch.set_num_threads(1)
-    for line in sys.stdin:
-        request = json.loads(line)
-        if "wait" in request:
-            print(os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1]), flush=True)
-            continue
-        pid = os.fork()
-        if not pid:
-            _run(request)
-        print(pid, flush=True)
-
-
-def _run(request: dict[str, Any]) -> None:
-    """The forked process, which never returns."""
-    code = 70
-    try:
-        log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        os.environ.update(request["environment"])
-        resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_bytes"], -1))
-        code = cli.main(request["argv"])
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-if __name__ == "__main__":
-    _serve()
+def ranks_of_two() -> list[dict[str, str]]:
+    """The environments of the two processes of a run, as torchrun gives them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]

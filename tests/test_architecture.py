@@ -26,6 +26,7 @@ ONE_WAY = (
 JOBS = {
     "bench",
     "bench_ways",
+    "classify",
     "compare",
     "comparison_finetuning",
     "convert",

@@ -15,10 +15,10 @@ from glare.errors import UserError
 
 
 def glare(*argv: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run the command in its own process, with ``folder`` as the current one."""
+    """Run the command in its own process, where a warning ends it, with ``folder`` as the current one."""
     source = str(Path(cli.__file__).parents[1])
     return subprocess.run(
-        [sys.executable, "-m", "glare", *argv],
+        [sys.executable, "-W", "error", "-m", "glare", *argv],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": source, "HF_HUB_OFFLINE": "1"},
         capture_output=True,

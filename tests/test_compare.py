@@ -1,15 +1,13 @@
 """`glare compare` from models and labelled images to verdict and report, as it is called."""
 
 import json
-import os
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forks import Forks
 from labelled_samples import CLASSES, write_labelled
 from tiny_models import adapted_model, tiny_vit
 
@@ -162,35 +160,14 @@ def test_wrong_input_leaves_nothing_behind(
     assert not (tmp_path / "out").exists()
 
 
-def test_on_the_command_line(models: Path, data: Path, tmp_path: Path) -> None:
-    source = str(Path(compare.__file__).parents[1])
+def test_on_the_command_line(models: Path, data: Path, tmp_path: Path, forks: Forks) -> None:
     words = ["--base", models / "base", "--adapted", models / "adapted", models / "lora", "--data", data]
     options = ["--group-by", "prefix", "--device", "cpu", "--short-side", "32", "controls=3"]
-    done = subprocess.run(
-        [sys.executable, "-m", "glare", "compare", *map(str, words), "--output", str(tmp_path / "out"), *options],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": source},
-    )
+    done = forks.run("compare", *map(str, words), "--output", "out", *options, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     verdicts = json.loads((tmp_path / "out" / "compare.json").read_text())["rows"]
     assert len(verdicts) == 2 and all(row["verdict"] in done.stdout for row in verdicts)
-    wrong = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "glare",
-            "compare",
-            *map(str, words),
-            "--output",
-            str(tmp_path / "b"),
-            "--controls",
-            "1",
-        ],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": source},
-    )
+    wrong = forks.run("compare", *map(str, words), "--output", "b", "--controls", "1", folder=tmp_path)
     assert wrong.returncode == 2 and "controls is 1; give at least 3" in wrong.stderr
     assert "Traceback" not in wrong.stderr
 

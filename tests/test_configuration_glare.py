@@ -54,7 +54,7 @@ def test_configuration_defaults() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"head": "upernet"}, "head='upernet' given; choose 'linear' or 'fpn'"),
+        ({"head": "upernet"}, "head='upernet' given; choose 'linear', 'pixel' or 'fpn'"),
         ({"head_dropout": 1.0}, "head_dropout=1.0 given"),
         ({"adapter_config": {"r": 4}}, r"no `peft_type`.*`to_dict\(\)`"),
         ({"backbone_config": {"hidden_size": 32}}, r"no `model_type`.*'vit', 'deit' or 'dinov2'"),

@@ -4,8 +4,6 @@ import argparse
 import logging as standard_logging
 import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forks import Forks
 from PIL import Image
 from reference import foreign_vits as foreign
 from reference.foreign_vits import DEPTH, GRID, SIZE, WIDTH, State, class_token, under, vit
@@ -470,11 +469,9 @@ def test_a_mistake_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFix
     assert capsys.readouterr().err == ("glare convert: error: give two paths, CHECKPOINT OUTPUT_DIR; there are 1\n")
 
 
-def test_in_a_process_of_its_own(tmp_path: Path) -> None:
+def test_in_a_process_of_its_own(tmp_path: Path, forks: Forks) -> None:
     torch.save(LAYOUTS["udi"][1], tmp_path / "udi.pth")
-    command = [sys.executable, "-W", "error", "-m", "glare", "convert", "--source", "udi", "udi.pth", "vit"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    done = forks.run("convert", "--source", "udi", "udi.pth", "vit", folder=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     first, second, third, fourth = done.stdout.splitlines()
     assert first == "udi.pth (teacher) -> vit"

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from forks import Forks, wait_until
 from labelled_samples import write_labelled
 from PIL import Image
 from safetensors.torch import load_file
+from small_runs import PRETRAIN, Given, pretraining, ranks_of_two
 from tiny_models import tiny_vit
 from torch import Tensor
 from transformers import AutoModel
@@ -25,54 +26,44 @@ from glare.finetune import FinetuneRecipe
 
 ROOT = Path(__file__).parents[1]
 STEPS = 3
-SETTINGS: dict[str, Any] = {
-    "steps": STEPS,
-    "batch_size": 8,
-    "rank": 4,
-    "learning_rate": 1e-3,
-    "log_every": 1,
-    "report_to": "none",
-    "device": "cpu",
-    "precision": "fp32",
-    "anchor": 0.5,
-    "views": {"num_local": 2, "global_size": 16, "local_size": 8},
-    "glare": {
-        "prototypes": 32,
-        "head_hidden": 16,
-        "head_bottleneck": 8,
-        "local_queries": True,
-        "regions": {"min_side": 1, "max_side": 2},
-    },
-}
-Given = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture
 def given(tmp_path: Path) -> Given:
-    tiny_vit("dinov2").save_pretrained(tmp_path / "vit")
-    (tmp_path / "photos").mkdir()
-    rng = np.random.default_rng(0)
-    for number in range(11):
-        noise = rng.integers(0, 256, (30 + number, 41, 3), dtype=np.uint8)
-        Image.fromarray(noise).save(tmp_path / "photos" / f"{number}.png")
-
-    def make(output: str, **changes: Any) -> dict[str, Any]:
-        places = {"backbone": str(tmp_path / "vit"), "data": str(tmp_path / "photos"), "output": tmp_path / output}
-        return {**SETTINGS, **places, **changes}
-
-    return make
+    glare = {**PRETRAIN["glare"], "local_queries": True}
+    fixed = {"steps": STEPS, "batch_size": 8, "learning_rate": 1e-3, "anchor": 0.5, "glare": glare}
+    return pretraining(tmp_path, photos=11, **fixed)
 
 
-def launched(
-    given: dict[str, Any], script: Path = ROOT / "training" / "pretrain.py"
-) -> subprocess.CompletedProcess[str]:
-    """A recipe on two processes without a GPU; ``accelerate launch --cpu`` starts several only through MPI."""
-    file = given["output"].with_suffix(".yaml")
-    file.write_text(yaml.safe_dump({**given, "output": str(given["output"])}))
+def launched(given: dict[str, Any], script: Path = ROOT / "training" / "pretrain.py") -> Path:
+    """A recipe on two processes of torchrun, without a GPU; ``accelerate launch --cpu`` needs MPI for several."""
+    done = torchrun(given, script)
+    assert done.returncode == 0, done.stderr
+    output: Path = given["output"]
+    return output
+
+
+def torchrun(given: dict[str, Any], script: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(script), "--recipe", str(file)]
+    command += [str(script), "--recipe", str(written(given))]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+
+
+def written(given: dict[str, Any]) -> Path:
+    file: Path = given["output"].with_suffix(".yaml")
+    file.write_text(yaml.safe_dump({**given, "output": str(given["output"])}))
+    return file
+
+
+def forked(forks: Forks, given: dict[str, Any], script: Path = ROOT / "training" / "pretrain.py") -> Path:
+    """The same processes, with the same variables as of torchrun, without its seconds of imports."""
+    argv, log = ["--recipe", str(written(given))], given["output"].with_suffix(".log")
+    pids = [forks.start(argv, log, script=script, environment=rank) for rank in ranks_of_two()]
+    wait_until(pids, seconds=300)
+    assert [forks.wait(pid) for pid in pids] == [0, 0], log.read_text()
+    output: Path = given["output"]
+    return output
 
 
 def state(run: Path) -> dict[str, Tensor]:
@@ -100,48 +91,36 @@ def assert_same_run(found: Path, expected: Path) -> None:
         assert line == pytest.approx(other, rel=1e-5, abs=1e-6)
 
 
-def test_two_processes_and_accumulated_passes_compute_what_one_process_does(given: Given) -> None:
+def test_two_processes_and_accumulated_passes_compute_what_one_process_does(given: Given, forks: Forks) -> None:
     one = pretrain.run(given("one"))
     assert_same_run(pretrain.run(given("passes", gradient_accumulation_steps=2)), one)
-    done = launched(given("two"))
-    assert done.returncode == 0, done.stderr
-    assert_same_run(given("two")["output"], one)
-    done = launched(given("both", gradient_accumulation_steps=4))
-    assert done.returncode == 0, done.stderr
-    assert_same_run(given("both")["output"], one)
+    assert_same_run(launched(given("two")), one)
+    assert_same_run(forked(forks, given("both", gradient_accumulation_steps=4)), one)
 
 
-def test_sharded_blocks_compute_the_same(given: Given) -> None:
-    done = launched(given("sharded", shard=True))
-    assert done.returncode == 0, done.stderr
-    assert_same_run(given("sharded")["output"], pretrain.run(given("whole")))
+def test_sharded_blocks_compute_the_same(given: Given, forks: Forks) -> None:
+    assert_same_run(forked(forks, given("sharded", shard=True)), pretrain.run(given("whole")))
 
 
-def test_a_fully_trained_sharded_vit_resumes_and_is_saved_whole(given: Given) -> None:
-    full = {"adapter": "full", "anchor": 0.0, "checkpoint_every": 2}
-    for changes in ({"steps": STEPS - 1, "warmup_steps": 1}, {"steps": STEPS, "warmup_steps": 1, "resume": True}):
-        done = launched(given("sharded", shard=True, momentum=0.9, momentum_end=0.9, **full, **changes))
-        assert done.returncode == 0, done.stderr
-    straight = {"steps": STEPS - 1, "warmup_steps": 1, "momentum": 0.9, "momentum_end": 0.9}
-    pretrain.run(given("whole", **full, **straight))
-    whole = pretrain.run(given("whole", **full, **straight | {"steps": STEPS, "resume": True}))
-    assert_same_run(given("sharded")["output"], whole)
-    AutoModel.from_pretrained(given("sharded")["output"] / "model")
+def test_a_fully_trained_sharded_vit_resumes_and_is_saved_whole(given: Given, forks: Forks) -> None:
+    full = {"adapter": "full", "anchor": 0.0, "checkpoint_every": 2, "warmup_steps": 1}
+    full |= {"momentum": 0.9, "momentum_end": 0.9}
+    for changes in ({"steps": STEPS - 1}, {"steps": STEPS, "resume": True}):
+        sharded = forked(forks, given("sharded", shard=True, **full, **changes))
+        whole = pretrain.run(given("whole", **full, **changes))
+    assert_same_run(sharded, whole)
+    AutoModel.from_pretrained(sharded / "model")
 
 
-def test_terms_that_leave_parameters_out_train_on_two_processes(given: Given) -> None:
+def test_terms_that_leave_parameters_out_train_on_two_processes(given: Given, forks: Forks) -> None:
     """Without L_reg the cross-attention has no gradients, which DDP would wait for."""
-    glare = {**SETTINGS["glare"], "terms": ["glob", "loc1"]}
-    done = launched(given("two", glare=glare))
-    assert done.returncode == 0, done.stderr
-    assert_same_run(given("two")["output"], pretrain.run(given("one", glare=glare)))
+    glare = {**given("")["glare"], "terms": ["glob", "loc1"]}
+    assert_same_run(forked(forks, given("two", glare=glare)), pretrain.run(given("one", glare=glare)))
 
 
 FAILING = """
 import os, sys
-from glare import finetune, pretrain, recipes
-from glare.errors import UserError
-from glare.finetune import FinetuneRecipe
+from glare import pretrain
 from glare.pretrain_plan import Plan
 
 def fail(plan, step, rate=Plan.learning_rate_at):
@@ -157,7 +136,7 @@ pretrain.main(sys.argv[1:])
 def test_a_rank_that_fails_ends_the_run_with_its_own_error(given: Given, tmp_path: Path) -> None:
     script = tmp_path / "failing.py"
     script.write_text(FAILING)
-    done = launched(given("run", checkpoint_every=1), script=script)
+    done = torchrun(given("run", checkpoint_every=1), script)
     assert done.returncode != 0
     assert "no room left on this rank" in done.stderr
     resumed = pretrain.run(given("run", resume=True))
@@ -167,7 +146,7 @@ def test_a_rank_that_fails_ends_the_run_with_its_own_error(given: Given, tmp_pat
 def test_a_batch_that_cannot_be_shared_out_is_refused(given: Given) -> None:
     for changes, message in (
         ({"gradient_accumulation_steps": 3}, "batch_size 8 does not divide by 1 process times 3 .*a multiple of 3"),
-        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0; give 1 or more"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0; give at least 1"),
     ):
         with pytest.raises(UserError, match=message):
             pretrain.run(given("run", **changes))
@@ -185,7 +164,7 @@ finetune.main(sys.argv[1:])
 
 
 def test_fine_tuning_is_the_same_on_two_processes_and_in_passes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forks: Forks
 ) -> None:
     """Though one share of a batch has more labels than another; the linear head has no batch norm."""
     monkeypatch.setattr(torch.nn.Dropout2d, "forward", lambda _, maps: maps)
@@ -213,6 +192,7 @@ def test_fine_tuning_is_the_same_on_two_processes_and_in_passes(
     assert_same(finetune.run(recipes.from_dict(FinetuneRecipe, recipe("passes", gradient_accumulation_steps=4))))
     script = tmp_path / "finetune.py"
     script.write_text(WITHOUT_DROPOUT)
-    done = launched(recipe("two", gradient_accumulation_steps=2), script=script)
-    assert done.returncode == 0, done.stderr
-    assert_same(recipe("two")["output"])
+    # the processes stay together from one seed to the next
+    two = forked(forks, recipe("two", gradient_accumulation_steps=2, seeds=2, val_match="*"), script)
+    assert_same(two / "seed_0")
+    assert json.loads((two / "seeds.json").read_text())["seeds"] == [0, 1]

@@ -1,44 +1,25 @@
 """Adapted models as plain checkpoints of transformers, by the command that people type."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from forks import Forks
 from tiny_models import adapted_model, tiny_vit, tokens
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoModel
+from transformers import AutoImageProcessor, AutoModel, Dinov2Model
 
 from glare.errors import UserError
 from glare.export import ExportRecipe, export
 
-PLAIN = """
-import sys, torch
-sys.modules["glare"] = None  # any import of it fails
-from safetensors.torch import load_file, save_file
-from transformers import AutoModel
-model, problems = AutoModel.from_pretrained(sys.argv[1], output_loading_info=True)
-assert not any(problems.values()), problems
-images = load_file(sys.argv[2])["images"]
-with torch.no_grad():
-    save_file({"tokens": model(images, interpolate_pos_encoding=True).last_hidden_state.contiguous()}, sys.argv[3])
-"""
 
-
-def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    return subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
-
-
-def test_lora_becomes_a_checkpoint_that_needs_no_glare(images: Tensor, tmp_path: Path) -> None:
+def test_lora_becomes_a_plain_checkpoint(images: Tensor, tmp_path: Path, forks: Forks) -> None:
+    """That it needs no glare is the subject of test_hub_loading."""
     model = adapted_model(tiny_vit("dinov2"), "lora")
     expected = tokens(model, images)
     model.save_pretrained(tmp_path / "adapted")
-    result = run("-m", "glare", "export", "--model", "adapted", "--output", "plain", cwd=tmp_path)
+    result = forks.run("export", "--model", "adapted", "--output", "plain", folder=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "Dinov2Model in plain" in result.stdout
     files = {file.name for file in (tmp_path / "plain").iterdir()}
@@ -47,11 +28,9 @@ def test_lora_becomes_a_checkpoint_that_needs_no_glare(images: Tensor, tmp_path:
     assert config["model_type"] == "dinov2" and "auto_map" not in config
     assert AutoImageProcessor.from_pretrained(tmp_path / "plain").size == {"height": 16, "width": 16}
 
-    save_file({"images": images}, tmp_path / "images.safetensors")
-    result = run("-c", PLAIN, "plain", "images.safetensors", "tokens.safetensors", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    found = load_file(tmp_path / "tokens.safetensors")["tokens"]
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    vit, problems = AutoModel.from_pretrained(tmp_path / "plain", output_loading_info=True)
+    assert type(vit) is Dinov2Model and not any(problems.values())
+    torch.testing.assert_close(tokens(vit, images), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_an_adapter_folder_is_merged_into_its_base(images: Tensor, tmp_path: Path) -> None:
@@ -65,9 +44,9 @@ def test_an_adapter_folder_is_merged_into_its_base(images: Tensor, tmp_path: Pat
     )
 
 
-def test_a_bottleneck_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
+def test_a_bottleneck_is_refused_and_nothing_is_written(tmp_path: Path, forks: Forks) -> None:
     adapted_model(tiny_vit()).save_pretrained(tmp_path / "adapted")
-    result = run("-m", "glare", "export", "--model", "adapted", "--output", "plain", cwd=tmp_path)
+    result = forks.run("export", "--model", "adapted", "--output", "plain", folder=tmp_path)
     assert result.returncode == 2
     assert "the adapters of 'adapted' cannot be merged" in result.stderr and "--adapter lora" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forks import Forks
 from labelled_samples import CLASSES, write_labelled
 from PIL import Image
 from safetensors.torch import load_file
@@ -17,9 +18,10 @@ from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, P
 from glare import GlareForSemanticSegmentation, GlareModel, UniAdapterConfig, UserError, finetune
 from glare.cli import main as glare_main
 from glare.data.labelled import draw_images, open_labelled
+from glare.dense_inference import sweep_of
 from glare.finetune import FinetuneRecipe, learning_rates, open_data
 from glare.finetune_plan import Plan, make_plan
-from glare.inference import load_segmenter, segment
+from glare.inference import load_segmenter
 from glare.segmenters import decays, load_pretrained, parameter_groups, select_trained
 
 ROOT = Path(__file__).parents[1]
@@ -82,22 +84,11 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("head", ["linear", "fpn"])
+@pytest.mark.parametrize("head", ["linear", "pixel", "fpn"])
 def test_a_learnable_task_is_learned(recipe: FinetuneRecipe, head: str) -> None:
     run = finetune.run(replace(recipe, head=head, steps=40, batch_size=8, learning_rate=1e-2))
     assert np.mean(losses(run)[-5:]) < 0.5 * np.mean(losses(run)[:3])
     assert json.loads((run / "eval.json").read_text())["miou"] > 0.5
-
-
-def test_upernet_sits_on_the_same_backbone(recipe: FinetuneRecipe, adapted: Path) -> None:
-    run = finetune.run(replace(recipe, head="upernet", model=str(adapted), train_on="head", steps=2, batch_size=2))
-    before = load_file(adapted / "model.safetensors")
-    after = {n.removeprefix("backbone."): v for n, v in weights(run).items() if n.startswith("backbone.")}
-    assert equal(before, after)
-    model, normalise = load_segmenter(str(run), device=torch.device("cpu"))
-    assert type(model).__name__ == "UperNetForSemanticSegmentation"
-    image = Image.open(Path(recipe.data) / "val" / "images" / "scene_0.png")
-    assert segment(model, [image], normalise=normalise)[0].shape == (28, 36)
 
 
 def test_the_run_folder_holds_what_was_promised(recipe: FinetuneRecipe) -> None:
@@ -271,6 +262,27 @@ def test_unset_numbers_are_derived(recipe: FinetuneRecipe, capsys: pytest.Captur
     assert "crop_size: 32" in (recipe.output / "recipe.yaml").read_text()
 
 
+def test_the_base_scale_is_where_crops_and_scores_begin(recipe: FinetuneRecipe) -> None:
+    recipe = replace(recipe, crop_size=None, steps=1, base_scale=(80, 64), drop_path=0.1)
+    run = finetune.run(recipe)
+    # images of 40 x 32 px are twice as large now: crops of their short side
+    assert "crop_size: 64" in (run / "recipe.yaml").read_text()
+    assert "test_scale: [80, 64]" in (run / "recipe.yaml").read_text()
+    assert json.loads((run / "eval.json").read_text())["inference"]["test_scale"] == [80, 64]
+    model, _ = load_segmenter(str(run), device=torch.device("cpu"))
+    assert sweep_of(model).test_scale == (80, 64)
+    other = finetune.run(replace(recipe, output=run.with_name("other"), test_scale=(40, 32), window=32))
+    said = json.loads((other / "model" / "config.json").read_text())["inference"]
+    assert said == {"window": 32, "test_scale": [40, 32]}
+
+
+def test_the_rates_warm_up_and_fall_to_their_floor() -> None:
+    plan = Plan(100, 8, 16, 10, 1.0, 0.1, poly_power=0.9, min_learning_rate=0.2)
+    rates = [learning_rates(plan, step) for step in range(100)]
+    assert rates[50] == (pytest.approx(0.2 + 0.8 * 0.5**0.9), pytest.approx(0.1))
+    assert min(head for head, _ in rates[10:]) == pytest.approx(0.2 + 0.8 * 0.01**0.9)
+
+
 def test_the_rates_warm_up_and_fall_to_zero() -> None:
     plan = Plan(100, 8, 16, 10, 1.0, 0.1)
     head = [learning_rates(plan, step)[0] for step in range(100)]
@@ -324,10 +336,13 @@ def test_mistakes_are_named_before_anything_is_written(
     ("argument", "message"),
     [
         ("steps=0", "steps is 0; give at least 1"),
-        ("scale=2,1", "scale is (2.0, 1.0); give two factors above 0, the lower one first"),
+        ("scale=2,1", "scale is 2.0,1.0; give the lower one first"),
         ("window=4", None),
         ("stride=2000", "stride is 2000; give 1 to 1024"),
-        ("head=unet", "head is 'unet'; choose from fpn, linear, upernet"),
+        ("base_scale=0,5", "base_scale is (0, 5); give two sides of 1 to 16384 px, such as 2048,512"),
+        ("test_scale=5", "test_scale is '5'; expected"),
+        ("drop_path=1", "drop_path is 1.0; give at least 0 and less than 1"),
+        ("head=unet", "head is 'unet'; choose from fpn, linear, pixel, upernet"),
     ],
 )
 def test_values_are_checked(argument: str, message: str | None, capsys: pytest.CaptureFixture[str]) -> None:
@@ -342,16 +357,13 @@ def test_a_resumed_run_must_be_the_same_one(recipe: FinetuneRecipe) -> None:
         finetune.run(replace(recipe, steps=4, head="linear", resume=True, warmup_steps=0))
 
 
-def test_the_entry_points_people_use(recipe: FinetuneRecipe, tmp_path: Path) -> None:
-    def glare(*argv: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, *map(str, argv)]
-        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-
+def test_the_entry_points_people_use(recipe: FinetuneRecipe, tmp_path: Path, forks: Forks) -> None:
     run = tmp_path / "run"
-    argv = ["--model", recipe.model, "--data", recipe.data, "--output", run, "--steps", 2, "--crop-size", 16]
-    done = glare(ROOT / "training" / "finetune.py", *argv)
+    argv = ["--model", recipe.model, "--data", recipe.data, "--output", str(run), "--steps", "2", "--crop-size", "16"]
+    command = [sys.executable, str(ROOT / "training" / "finetune.py"), *argv]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     assert "mIoU" in done.stdout and "images/s" in done.stderr and "Traceback" not in done.stderr
-    again = glare("-m", "glare", "finetune", *argv)
+    again = forks.run("finetune", *argv, folder=tmp_path)
     assert again.returncode == 2
     assert again.stderr.splitlines()[-1].startswith(f"glare finetune: error: the output folder {run} is in use")

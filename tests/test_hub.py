@@ -5,7 +5,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from forks import Forks
 from hub_server import TOKEN, Fault, Hub
 from labelled_samples import write_labelled
 from PIL import Image
@@ -29,7 +29,6 @@ from glare.finetune import FinetuneRecipe
 from glare.model_card import card, facts_of, write_card
 from glare.publication import check, find, stage
 
-SOURCE = str(Path(glare.__file__).parents[1])
 CODE = {"configuration_glare.py", "modeling_glare.py", "segmentation_heads.py", "uniadapter.py"}
 BASE = ["--base-model", "someone/vit"]
 FOREVER = 10_000
@@ -40,33 +39,16 @@ COMMIT = "/api/models/org/{}/commit/main"
 
 @dataclass
 class World:
-    """The server, and a folder with runs to publish. ``pushes``: repository -> what glare push gave."""
+    """The server, programs that know no other Hub, and a folder with runs to publish.
+
+    ``pushes``: repository -> what glare push gave.
+    """
 
     hub: Hub
     folder: Path
+    environment: dict[str, str]
+    forks: Forks
     pushes: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    def run(self, *arguments: str, token: str = TOKEN, glare: bool = True) -> subprocess.CompletedProcess[str]:
-        """Run Python in a program of its own that knows no other Hub; ``glare``: whether this package is there."""
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and k != "PYTHONPATH"}
-        environment |= {
-            "HF_ENDPOINT": self.hub.url,
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "HF_HOME": str(self.folder / "home"),
-            "HF_TOKEN": token,
-            "OMP_NUM_THREADS": "1",
-            **({"PYTHONPATH": SOURCE} if glare else {}),
-        }
-        return subprocess.run(
-            [sys.executable if glare else self.stranger, *arguments],
-            cwd=self.folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
 
     @cached_property
     def stranger(self) -> Path:
@@ -74,8 +56,14 @@ class World:
         return stranger(self.folder / "stranger")
 
     def program(self, text: str, *arguments: str, glare: bool = True) -> Any:
-        """Run a program and read what it left in ``facts.json``."""
-        result = self.run("-c", text, *arguments, glare=glare)
+        """Run a program and read what it left in ``facts.json``; ``glare``: whether this package is there."""
+        if glare:
+            script = self.folder / "program.py"
+            script.write_text(text)
+            result = self.forks.run(*arguments, script=script, folder=self.folder)
+        else:
+            command, options = [self.stranger, "-c", text, *arguments], {"capture_output": True, "text": True}
+            result = subprocess.run(command, cwd=self.folder, env=self.environment, timeout=300, check=False, **options)
         assert result.returncode == 0, result.stderr
         return json.loads((self.folder / "facts.json").read_text())
 
@@ -142,8 +130,8 @@ PASSING = {
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     """A base ViT, two adaptations of it and a segmenter on the Hub; the upload of the second one was cut."""
     folder = tmp_path_factory.mktemp("publishing")
-    with Hub() as hub:
-        world = World(hub, folder)
+    with Hub() as hub, Forks(variables := environment(hub, folder)) as forks:
+        world = World(hub, folder, variables, forks)
         write_runs(folder)
         licences = ["--base-license", "apache-2.0", "--data-license", "cc-by-nc-sa-4.0"]
         cases = {
@@ -160,6 +148,18 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         arguments = {name: ("hf_" + "x" * 34 if name == "token" else TOKEN, argv) for name, argv in cases.items()}
         world.pushes.update(world.program(PUSHES, json.dumps(arguments)))
         yield world
+
+
+def environment(hub: Hub, folder: Path) -> dict[str, str]:
+    """Of a program that knows no other Hub."""
+    return {k: v for k, v in os.environ.items() if not k.startswith("HF_") and k != "PYTHONPATH"} | {
+        "HF_ENDPOINT": hub.url,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HOME": str(folder / "home"),
+        "HF_TOKEN": TOKEN,
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 def write_runs(folder: Path) -> None:
@@ -203,7 +203,7 @@ def published(world: World) -> World:
     hub.files("org/adapted")["notes.md"] = b"by hand"
     hub.faults.clear()
     hub.log.clear()
-    again = world.run("-m", "glare", "push", "run_2", "org/adapted", *BASE)
+    again = world.forks.run("push", "run_2", "org/adapted", *BASE, folder=world.folder)
     world.pushes["again"] = {"code": again.returncode, "out": again.stdout, "err": again.stderr}
     return world
 
@@ -271,8 +271,9 @@ def test_the_repository_holds_what_a_stranger_needs_and_no_more(published: World
 
 
 def test_the_command_says_how_to_state_a_licence(world: World) -> None:
-    dry = ["glare", "push", "segment", "org/segment", "--dry-run", "--data-license", "cc0-1.0"]
-    told = [line for line in world.run("-m", *dry).stdout.splitlines() if "licence of" in line]
+    dry = ["push", "segment", "org/segment", "--dry-run", "--data-license", "cc0-1.0"]
+    said = world.forks.run(*dry, folder=world.folder).stdout
+    told = [line for line in said.splitlines() if "licence of" in line]
     assert told == [
         "the licence of vit is unknown; if you know it: --base-license ID",
         "the licence of photos is unknown; if you know it: write `license: ID` into the front matter of a README.md "

@@ -10,19 +10,8 @@ from transformers import PreTrainedModel
 
 from glare import GlareConfig, GlareForSemanticSegmentation, UserError
 from glare.cli import main as glare_main
-from glare.inference import (
-    WHOLE_LIMIT_PX,
-    WINDOW_PX,
-    PredictRecipe,
-    Tiling,
-    free_stem,
-    load_segmenter,
-    logits,
-    palette,
-    patch_size,
-    predict,
-    segment,
-)
+from glare.dense_inference import patch_size, segment
+from glare.inference import PredictRecipe, free_stem, load_segmenter, palette, predict
 from glare.views import Normalisation
 
 NORMALISE = Normalisation()
@@ -51,77 +40,6 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
 
 def pixels_of(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image)).unsqueeze(0)
-
-
-def test_logits_are_those_of_the_padded_image_cut_back(model: PreTrainedModel) -> None:
-    image = picture(22, 13)
-    found = logits(model, pixels_of(image), normalise=NORMALISE)
-    assert found.shape == (1, 3, 13, 22) and found.dtype == torch.float32
-    padded = torch.zeros(1, 3, 16, 24)
-    padded[:, :, :13, :22] = NORMALISE(pixels_of(image).permute(0, 3, 1, 2) / 255)
-    with torch.inference_mode():
-        coarse = model(pixel_values=padded).logits
-    fine = torch.nn.functional.interpolate(coarse, size=(16, 24), mode="bilinear", align_corners=False)
-    torch.testing.assert_close(found, fine[:, :, :13, :22])
-
-
-def test_sizes_may_be_mixed_and_smaller_than_a_patch(model: PreTrainedModel) -> None:
-    images = [picture(22, 13), picture(1, 1), picture(3, 30)]
-    labels = segment(model, images, normalise=NORMALISE)
-    assert [label.shape for label in labels] == [(13, 22), (1, 1), (30, 3)]
-    assert all(label.dtype == np.uint8 and label.max() < 3 for label in labels)
-
-
-def test_a_batch_equals_its_images(model: PreTrainedModel) -> None:
-    pixels = torch.cat([pixels_of(picture(22, 13, seed)) for seed in range(3)])
-    for tiling in (Tiling(), Tiling(window=12, stride=5)):
-        together = logits(model, pixels, normalise=NORMALISE, tiling=tiling)
-        apart = [logits(model, image.unsqueeze(0), normalise=NORMALISE, tiling=tiling) for image in pixels]
-        torch.testing.assert_close(together, torch.cat(apart))
-
-
-def test_one_window_is_the_whole_image(model: PreTrainedModel) -> None:
-    pixels = pixels_of(picture(22, 13))
-    whole = logits(model, pixels, normalise=NORMALISE)
-    assert torch.equal(logits(model, pixels, normalise=NORMALISE, tiling=Tiling(window=22)), whole)
-    assert not torch.allclose(logits(model, pixels, normalise=NORMALISE, tiling=Tiling(window=12)), whole)
-
-
-def test_windows_are_averaged_whatever_their_order(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    pixels, tiling = pixels_of(picture(30, 21)), Tiling(window=12, stride=7)
-    found = logits(model, pixels, normalise=NORMALISE, tiling=tiling)
-    windows = tiling.windows((21, 30))
-    total, covered = torch.zeros(3, 21, 30), torch.zeros(21, 30)
-    for rows, columns in windows:
-        total[:, rows, columns] += logits(model, pixels[:, rows, columns], normalise=NORMALISE)[0]
-        covered[rows, columns] += 1
-    torch.testing.assert_close(found[0], total / covered)
-    monkeypatch.setattr(Tiling, "windows", lambda *_: windows[::-1])
-    torch.testing.assert_close(logits(model, pixels, normalise=NORMALISE, tiling=tiling), found)
-
-
-@pytest.mark.parametrize("size", [(21, 30), (12, 50), (100, 13), (5, 40), (12, 13)])
-@pytest.mark.parametrize("stride", [None, 1, 7, 12])
-def test_windows_cover_every_pixel_and_stay_inside(size: tuple[int, int], stride: int | None) -> None:
-    covered = np.zeros(size, dtype=int)
-    shapes = set()
-    for window in Tiling(window=12, stride=stride).windows(size):
-        assert all(0 <= span.start < span.stop <= length for span, length in zip(window, size, strict=True))
-        covered[window] += 1
-        shapes.add(covered[window].shape)
-    assert covered.min() >= 1 and shapes == {(min(12, size[0]), min(12, size[1]))}
-
-
-def test_only_large_images_are_cut_by_default() -> None:
-    assert len(Tiling().windows((WHOLE_LIMIT_PX, 700))) == 1
-    windows = Tiling().windows((WHOLE_LIMIT_PX + 1, 700))
-    assert len(windows) == 2 and windows[0] == (slice(0, WINDOW_PX), slice(0, 700))
-
-
-@pytest.mark.parametrize(("window", "stride"), [(0, None), (16, 0), (16, 17), (None, 2000)])
-def test_windows_that_leave_gaps_are_refused(window: int | None, stride: int | None) -> None:
-    with pytest.raises(ValueError, match="give"):
-        Tiling(window, stride)
 
 
 def test_a_saved_model_predicts_the_same(model: PreTrainedModel, folder: Path) -> None:

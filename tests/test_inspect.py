@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forks import Forks
 from labelled_samples import write_labelled
 from PIL import Image
-from test_cli import glare
 from tiny_models import tiny_vit
 
 from glare import UserError, cli, inspect
@@ -186,6 +186,7 @@ def test_the_sheet_shows_the_first_step_of_the_training(
         batch,
         recipe.views,
         accelerator,
+        batch_size=4,
         seed=recipe.seed,
         step=0,
         patch_size=4,
@@ -222,12 +223,12 @@ def test_recipes_of_pretrain_are_understood() -> None:
     assert ours == {*PretrainRecipe.__dataclass_fields__, *inspect.OWN_KEYS}
 
 
-def test_in_a_process_of_its_own(data: Path, tmp_path: Path) -> None:
+def test_in_a_process_of_its_own(data: Path, tmp_path: Path, forks: Forks) -> None:
     (data / "images" / "broken.jpg").write_bytes(b"nothing")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("steps: 3\nviews:\n  num_local: 2\n")
     options = ("--data", "data", "--output", "a.png", "--recipe", "recipe.yaml", "--num-images", "1")
-    done = glare("inspect", *options, "views.global_size=32", "views.local_size=16", folder=tmp_path)
+    done = forks.run("inspect", *options, "views.global_size=32", "views.local_size=16", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "landcover-vit" in done.stdout and "the sheet is in a.png" in done.stdout
     assert "! unreadable and skipped: 1 of 6 images" in done.stdout

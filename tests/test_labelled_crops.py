@@ -15,6 +15,7 @@ from glare.labelled_crops import (
     photometric_distortion,
     random_crops,
     scale_saturation,
+    scaled_sizes,
     training_batch,
 )
 from glare.views import Normalisation
@@ -99,6 +100,39 @@ def test_crops_have_the_drawn_scale_and_lie_inside_where_they_fit() -> None:
     assert edges.min() > -1e-6 and edges.max() < 1 + 1e-6
     flipped = crop.scale[..., 0] < 0
     assert 60 < flipped[:, 0].sum() < 140 and (flipped == flipped[:, :1]).all() and (crop.scale[..., 1] > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("size", "base_scale", "expected"),
+    [
+        ((640, 480), (2048, 512), (682.667, 512)),
+        ((512, 2048), (512, 2048), (512, 2048)),
+        ((3000, 300), (2048, 512), (2048, 204.8)),  # the longer side stops it
+        ((100, 100), (520, 520), (520, 520)),
+        ((100, 80), None, (100, 80)),
+    ],
+)
+def test_images_are_brought_to_the_base_scale_first(
+    size: tuple[int, int], base_scale: tuple[int, int] | None, expected: tuple[float, float]
+) -> None:
+    found = scaled_sizes(torch.tensor([size, size]), base_scale)
+    assert found.dtype == torch.float64 and found[0].tolist() == pytest.approx(expected, abs=1e-3)
+    assert torch.equal(found[0], found[1])
+
+
+@pytest.mark.usefixtures("undistorted")
+def test_a_crop_at_the_base_scale_is_one_of_the_resized_image() -> None:
+    label = torch.arange(3).repeat_interleave(20).expand(40, 60)
+    large = label.repeat_interleave(2, 0).repeat_interleave(2, 1)
+    index = torch.zeros(8, dtype=torch.long)
+    at_base = TrainingCrops(24, (0.5, 2.0), 0.75, IDENTITY, base_scale=(120, 80))
+    native = TrainingCrops(24, (0.5, 2.0), 0.75, IDENTITY)
+    found, expected = (
+        training_batch(pack(source), index, crops, CPU, draws=draws(8))[1]
+        for source, crops in ((label, at_base), (large, native))
+    )
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, training_batch(pack(label), index, native, CPU, draws=draws(8))[1])
 
 
 def test_the_first_crop_without_a_dominant_class_is_taken() -> None:

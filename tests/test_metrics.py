@@ -9,6 +9,7 @@ import evaluate
 import numpy as np
 import pytest
 import torch
+from reference import mmseg_metrics as mmseg
 from torch import Tensor
 
 from glare.metrics import SegmentationMetric, SegmentationScores, confusion_matrix
@@ -75,6 +76,37 @@ def test_scores_equal_the_slow_transcription_on_random_maps() -> None:
         counts = [confusion_matrix(p, q, num_classes=k, ignore_index=ignore) for p, q in pairs]
         scores = SegmentationScores.from_confusion(torch.stack(counts).sum(dim=0), NAMES[:k])
         assert_same(scores.to_dict(), slow_scores(pairs, k=k, ignore=ignore))
+
+
+@pytest.mark.parametrize("reduce_zero_label", [False, True])
+def test_scores_are_those_of_mmsegmentation(reduce_zero_label: bool) -> None:
+    """250 data sets of two maps each, with ignored pixels, absent classes, and classes that are only predicted."""
+    rng = np.random.default_rng(int(reduce_zero_label))
+    unseen = 0
+    for _ in range(250):
+        k = int(rng.integers(2, 7))
+        areas, total = [], torch.zeros((k, k), dtype=torch.int64)
+        drawn = rng.permutation(k + reduce_zero_label)[: rng.integers(1, k + 1)]
+        guessed = rng.permutation(k)[: rng.integers(1, k + 1)]
+        for _ in range(2):
+            shape = tuple(rng.integers(1, 9, 2))
+            label = rng.choice(drawn, shape)
+            label[rng.random(shape) < 0.2] = 255
+            prediction = rng.choice(guessed, shape)
+            areas.append(mmseg.intersect_and_union(prediction, label, k, 255, reduce_zero_label))
+            # what zero means goes, and the classes count from zero
+            seen = np.where((label == 0) | (label == 255), 255, label - 1) if reduce_zero_label else label
+            matrix = confusion_matrix(torch.from_numpy(prediction), seen, num_classes=k)
+            assert matrix.sum() == ((label != 255) & ~(reduce_zero_label & (label == 0))).sum()
+            total += matrix
+        expected = mmseg.total_area_to_metrics(areas)
+        scores = SegmentationScores.from_confusion(total, NAMES[:k])
+        for found, name in ((scores.miou, "mIoU"), (scores.aacc, "aAcc"), (scores.macc, "mAcc")):
+            np.testing.assert_allclose(found, expected[name], rtol=1e-14)  # the order of the sum is another
+        for by_class, name in ((scores.iou, "IoU"), (scores.accuracy, "Acc")):
+            np.testing.assert_equal([math.nan if v is None else v for v in by_class.values()], expected[name])
+        unseen += None in scores.iou.values()
+    assert unseen > 50
 
 
 def test_rows_are_labels_and_columns_predictions() -> None:

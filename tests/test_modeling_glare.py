@@ -201,7 +201,7 @@ def test_from_model_shares_the_weights(make_vit: MakeVit) -> None:
 
 
 def test_head_weights_at_the_start(make_vit: MakeVit) -> None:
-    for head in ("linear", "fpn"):
+    for head in ("linear", "pixel", "fpn"):
         classifier = segmenter(make_vit(), head=head, num_labels=400).head.classifier
         assert 0.009 < classifier.weight.std() < 0.011
         assert not classifier.bias.any()
@@ -211,12 +211,12 @@ def test_head_weights_at_the_start(make_vit: MakeVit) -> None:
 
 
 def test_heads_read_the_right_tokens(make_vit: MakeVit, images: torch.Tensor) -> None:
-    linear = segmenter(make_vit("deit"), head="linear")
     fpn = segmenter(make_vit("deit"), out_indices=[0, 2])
     with torch.no_grad():
-        outputs = linear.glare(images, output_hidden_states=True)
-        expected = linear.head([linear.glare.patch_maps(outputs.last_hidden_state, images)])
-        assert torch.equal(linear(images).logits, expected)
+        for linear in (segmenter(make_vit("deit"), head=head) for head in ("linear", "pixel")):
+            outputs = linear.glare(images, output_hidden_states=True)
+            expected = linear.head([linear.glare.patch_maps(outputs.last_hidden_state, images)])
+            assert torch.equal(linear(images).logits, expected)
         taps = [fpn.glare.patch_maps(outputs.hidden_states[block + 1], images) for block in (0, 2)]
         result = fpn(images)
         assert torch.equal(result.logits, fpn.head(taps))

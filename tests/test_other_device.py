@@ -20,13 +20,13 @@ from torch import Tensor
 from glare import crops
 from glare.crops import PackedImages
 from glare.data.labelled import LabelledSet, PackedLabelled, open_labelled, pack_labelled
+from glare.dense_inference import Sweep, logits
 from glare.draws import Draws
 from glare.evaluate import confusion
 from glare.finetune_plan import Plan as FinetunePlan
 from glare.finetune_step import train_step as finetune_step
 from glare.frozen_features import extract, read_images
 from glare.head_start import start_head
-from glare.inference import Tiling, logits
 from glare.labelled_crops import TrainingCrops, training_batch
 from glare.objectives.glare import GlareObjective, GlareSettings
 from glare.plain_step import PlainState, plain_step
@@ -115,7 +115,7 @@ def test_views(kind: str) -> None:
 @pytest.mark.parametrize("resident", [True, False])
 def test_batches_of_packed_images_that_live_there_or_not(resident: bool, tmp_path: Path) -> None:
     config = ViewConfig(num_local=1, global_size=16, local_size=8)
-    settings: dict[str, Any] = {"seed": 0, "step": 1, "patch_size": 4, "normalise": Normalisation()}
+    settings: dict[str, Any] = {"batch_size": 2, "seed": 0, "step": 1, "patch_size": 4, "normalise": Normalisation()}
     with other_device():
         made = [
             cut_views(images(pack), torch.tensor([2, 0]), config, accelerate(device, tmp_path), **settings)
@@ -128,7 +128,7 @@ def test_a_resident_pack_is_not_packed_anew(monkeypatch: pytest.MonkeyPatch, tmp
     """Its tensors name the index of their device, the accelerator's device may name none."""
     monkeypatch.setattr("glare.pretrain_step.subset", None)
     config = ViewConfig(num_local=1, global_size=16, local_size=8)
-    settings: dict[str, Any] = {"seed": 0, "step": 1, "patch_size": 4, "normalise": Normalisation()}
+    settings: dict[str, Any] = {"batch_size": 2, "seed": 0, "step": 1, "patch_size": 4, "normalise": Normalisation()}
     with other_device():
         accelerator = accelerate(OTHER, tmp_path)
         cut_views(images(OTHER), torch.tensor([2, 0]), config, accelerator, **settings)
@@ -303,7 +303,7 @@ def fine_tuned(head: str, device: torch.device, folder: Path) -> SegmenterState:
 @pytest.mark.parametrize("head", ["fpn", "linear"])
 def test_steps_of_fine_tuning_and_evaluation(head: str, data: LabelledSet, tmp_path: Path) -> None:
     pixels = torch.randint(0, 256, (1, 24, 20, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    settings: dict[str, Any] = {"normalise": Normalisation(), "tiling": Tiling(16, 12)}
+    settings: dict[str, Any] = {"normalise": Normalisation(), "sweep": Sweep(16, 12, (40, 28), (1.0, 1.5), True)}
     with other_device():
         ends, maps, counts = [], [], []
         for device in places():

@@ -1,5 +1,6 @@
 """Views of Pillow in DataLoader workers: the crops of the package, its record, its distributions."""
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from reference.builders import noise_image, packed
 from torch import Tensor
 
@@ -48,6 +49,19 @@ def paths(tmp_path: Path, arrays: list[np.ndarray]) -> list[Path]:
     for file, array in zip(files, arrays, strict=True):
         Image.fromarray(array).save(file)
     return files
+
+
+def test_pictures_are_opened_as_everywhere_else(paths: list[Path]) -> None:
+    """Pillow would read this format, too, as it would wait for ever in front of a pipe."""
+    Image.fromarray(noise_image(9, 9, 0)).save(paths[0], "pcx")
+    os.mkfifo(paths[0].with_name("pipe.png"))
+    for file, error, said in (
+        (paths[0], UnidentifiedImageError, "image"),
+        (paths[0].with_name("pipe.png"), ValueError, "no regular file"),
+    ):
+        loader = view_loader([file], SMALL, patch_size=8, normalise=PLAIN, batch_size=1, seed=0, num_workers=0)
+        with pytest.raises(error, match=said):
+            next(iter(loader))
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,14 @@ from tqdm import tqdm
 from glare import cli, finetune, preemption, pretrain
 from glare.checkpoints import folders
 from glare.errors import Stopped
-from glare.preemption import SIGNALS, Signals
+from glare.preemption import Signals
 
 CODES = [(signal.SIGTERM, 143), (signal.SIGUSR1, 128 + signal.SIGUSR1), (signal.SIGINT, 130)]
-HANDLERS = {number: signal.getsignal(number) for number in SIGNALS}
+HANDLERS = {
+    signal.SIGTERM: signal.SIG_DFL,
+    signal.SIGUSR1: signal.SIG_DFL,
+    signal.SIGINT: signal.default_int_handler,  # which a shell that starts the tests in the background sets to SIG_IGN
+}
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +33,25 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def straight(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``straight(job, **keys)``: the folder of a run without a stop, to be read only."""
+
+    @cache
+    def run(job: str, **keys: int) -> Path:
+        folder = tmp_path_factory.mktemp(job) / "straight"
+        assert cli.main(arguments(job, inputs, folder, **keys)) == 0
+        return folder
+
+    return run
+
+
 @pytest.fixture(autouse=True)
 def same_handlers_afterwards() -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number, handler in HANDLERS.items()}
     yield
-    assert {number: signal.getsignal(number) for number in SIGNALS} == HANDLERS
+    after = {number: signal.signal(number, handler) for number, handler in before.items()}
+    assert after == HANDLERS
 
 
 def then_signal(function: Callable[..., Any], number: int, *, call: int = 1) -> Callable[..., Any]:
@@ -51,6 +71,7 @@ def then_signal(function: Callable[..., Any], number: int, *, call: int = 1) -> 
 @pytest.mark.parametrize("job", [pretrain, finetune])
 def test_the_step_is_finished_and_saved(
     inputs: Path,
+    straight: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -58,9 +79,9 @@ def test_the_step_is_finished_and_saved(
     number: signal.Signals,
     code: int,
 ) -> None:
-    name, run, straight = job.__name__.removeprefix("glare."), tmp_path / "run", tmp_path / "straight"
+    name, run = job.__name__.removeprefix("glare."), tmp_path / "run"
     keys = {"steps": 4, "checkpoint_every": 3, "log_every": 2}
-    assert cli.main(arguments(name, inputs, straight, **keys)) == 0
+    expected = straight(name, **keys)
     with monkeypatch.context() as patch:
         patch.setattr(job, "train_step", then_signal(job.train_step, number, call=2))
         assert cli.main(arguments(name, inputs, run, **keys)) == code
@@ -70,10 +91,10 @@ def test_the_step_is_finished_and_saved(
     assert said == f"{start}stopped by {who} with step 2 of 4 done; the checkpoint is {place}; go on with --resume"
     assert [line["step"] for line in logged(run)] == [2]
     assert cli.main(arguments(name, inputs, run, resume=True, **keys)) == 0
-    assert_same_run(run, straight)
+    assert_same_run(run, expected)
 
 
-@pytest.mark.parametrize(("job", "reading"), [(pretrain, "pack"), (finetune, "pack_labelled")])
+@pytest.mark.parametrize(("job", "reading"), [(pretrain, "open_feed"), (finetune, "pack_labelled")])
 def test_before_the_first_step_a_run_ends_at_once(
     inputs: Path,
     tmp_path: Path,
@@ -142,12 +163,11 @@ def test_a_resumed_run_fits_no_head_that_the_checkpoint_replaces(
 @pytest.mark.parametrize("job", ["pretrain", "finetune"])
 @pytest.mark.parametrize("state", ["no model", "half a model", "a model without the rest"])
 def test_after_the_last_step_the_model_is_made_without_a_step(
-    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job: str, state: str
+    straight: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job: str, state: str
 ) -> None:
-    straight, run = tmp_path / "straight", tmp_path / "run"
-    command = arguments(job, inputs, straight, steps=2, checkpoint_every=2)
-    assert cli.main(command) == 0
-    shutil.copytree(straight, run)
+    run = tmp_path / "run"
+    expected = straight(job, steps=2, checkpoint_every=2)
+    shutil.copytree(expected, run)
     for made in (run / name for name in ("model", "adapter", "report", "price.json", "eval.json")):
         if made.is_dir() and not (made.name == "model" and state == "a model without the rest"):
             shutil.rmtree(made)
@@ -159,7 +179,7 @@ def test_after_the_last_step_the_model_is_made_without_a_step(
     monkeypatch.setattr(f"glare.{job}.train_step", None)
     # the recipe that the run itself has written, with the output where it is now
     assert cli.main([job, "--recipe", str(run / "recipe.yaml"), "--output", str(run), "--resume"]) == 0
-    assert_same_run(run, straight)
+    assert_same_run(run, expected)
 
 
 class OneProcess:

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from PIL import Image
 from safetensors.torch import load_file
+from small_runs import PRETRAIN, SHARED, write_photos
 from transformers import AutoModel, PreTrainedModel
 
 from glare import pretrain, recipes
@@ -25,19 +25,7 @@ from glare.pretrain_plan import Plan
 from glare.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
-SMALL: dict[str, Any] = {
-    "steps": 4,
-    "batch_size": 3,
-    "rank": 4,
-    "checkpoint_every": 2,
-    "log_every": 1,
-    "num_workers": 2,
-    "report_to": "none",
-    "device": "cpu",
-    "precision": "fp32",
-    "views": {"num_local": 2, "global_size": 16, "local_size": 8},
-    "glare": {"prototypes": 32, "head_hidden": 16, "head_bottleneck": 8, "regions": {"min_side": 1, "max_side": 2}},
-}
+SMALL = {**SHARED, **PRETRAIN, "steps": 4, "checkpoint_every": 2}
 
 
 @pytest.fixture
@@ -48,12 +36,7 @@ def vit(tmp_path: Path, make_vit: Callable[..., PreTrainedModel]) -> Path:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for number in range(7):
-        Image.fromarray(rng.integers(0, 256, (30 + number, 41, 3), dtype=np.uint8)).save(folder / f"{number}.png")
-    return folder
+    return write_photos(tmp_path / "photos", 7)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from reference.resample import crop_and_resize, crop_labels
 from glare.crops import _filtered, cut, cut_labels
 from glare.draws import Draws
 from glare.geometry import random_resized_crops
-from glare.labelled_crops import random_crops
+from glare.labelled_crops import ATTEMPTS, random_crops
 
 SIDES = st.integers(1, 9)
 EIGHTHS = st.integers(-40, 80).map(lambda number: number / 8)
@@ -96,7 +96,7 @@ def test_training_crops_begin_inside_their_image(
     crop = random_crops(torch.tensor([size]), size=side, scale=(low, low + extra), draws=draws)
     edges = torch.stack([crop.offset, crop.offset + crop.scale])
     first, last = edges.amin(dim=0), edges.amax(dim=0)
-    assert crop.offset.shape == (1, 10, 2) and bool((crop.scale[..., 1] > 0).all())
+    assert crop.offset.shape == (1, ATTEMPTS, 2) and bool((crop.scale[..., 1] > 0).all())
     # inside, or where the crop is the larger one, from the left and upper border on
     larger = crop.scale.abs() > 1
     assert (first > -1e-4 * crop.scale.abs().clamp(min=1)).logical_or(larger).all()

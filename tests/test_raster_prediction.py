@@ -18,7 +18,8 @@ from glare import GlareConfig, GlareForSemanticSegmentation, UserError, recipes
 from glare.cli import main as glare_main
 from glare.data.geotiff import Raster, Reader, open_raster
 from glare.data.sources import open_source
-from glare.inference import PredictRecipe, Tiling, predict, segment
+from glare.dense_inference import Sweep, segment
+from glare.inference import PredictRecipe, predict
 from glare.raster_prediction import BLOCK_PX, OVERLAY_PX, predict_raster
 from glare.views import Normalisation
 
@@ -51,26 +52,26 @@ def by_red(image: Image.Image) -> np.ndarray[Any, Any]:
     return (np.asarray(image)[..., 0] // 86).astype(np.uint8)
 
 
-def written(raster: Raster, tmp_path: Path, tiling: Tiling, by: Any = by_red) -> np.ndarray[Any, Any]:
+def written(raster: Raster, tmp_path: Path, sweep: Sweep, by: Any = by_red) -> np.ndarray[Any, Any]:
     files = tmp_path / "out.tif", tmp_path / "out.png"
-    windows = tiling.windows((raster.height, raster.width))
+    windows = sweep.windows((raster.height, raster.width))
     predict_raster(raster, windows, by, files=files, classes=CLASSES, colours=COLOURS)
     with rasterio.open(files[0]) as found:
         label: np.ndarray[Any, Any] = found.read(1)
     return label
 
 
-@pytest.mark.parametrize("tiling", [Tiling(64), Tiling(64, 64), Tiling(300, 100), Tiling(50, 7)])
-def test_windows_join_without_a_seam(tiling: Tiling, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sweep", [Sweep(64), Sweep(64, 64), Sweep(300, 100), Sweep(50, 7)])
+def test_windows_join_without_a_seam(sweep: Sweep, tmp_path: Path) -> None:
     values = noise(4, 2 * BLOCK_PX + 30, 200, dtype="uint8", high=256)
     raster = open_raster(write_raster(tmp_path / "scene.tif", values), Reader())
-    assert np.array_equal(written(raster, tmp_path, tiling), values[0] // 86)
+    assert np.array_equal(written(raster, tmp_path, sweep), values[0] // 86)
 
 
 def test_a_pixel_comes_from_the_window_in_whose_middle_it_lies(tmp_path: Path) -> None:
     raster = open_raster(write_raster(tmp_path / "scene.tif", noise(3, 16, 40, dtype="uint8")), Reader())
     turns = iter(range(3))
-    found = written(raster, tmp_path, Tiling(20, 10), by=lambda image: np.full(image.size[::-1], next(turns), np.uint8))
+    found = written(raster, tmp_path, Sweep(20, 10), by=lambda image: np.full(image.size[::-1], next(turns), np.uint8))
     assert [int(row.argmax()) for row in (found == 1, found == 2)] == [15, 25]
     assert (np.diff(found.astype(int), axis=1) >= 0).all()
 
@@ -122,7 +123,7 @@ def test_a_window_without_data_is_not_segmented(tmp_path: Path) -> None:
         calls.append(image.size)
         return by_red(image)
 
-    found = written(raster, tmp_path, Tiling(32, 32), by)
+    found = written(raster, tmp_path, Sweep(32, 32), by)
     assert len(calls) == 2 and (found[:, 20:] == 255).all() and (found[:, :20] < 3).all()
 
 
@@ -132,7 +133,7 @@ def test_the_overlay_is_reduced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     raster = open_raster(write_raster(tmp_path / "scene.tif", values), Reader())
     taken = []
     monkeypatch.setattr("glare.raster_prediction.annotated", lambda *given: taken.append(given) or given[0])
-    written(raster, tmp_path, Tiling(50, 31))
+    written(raster, tmp_path, Sweep(50, 31))
     image, label = taken[0][:2]
     assert OVERLAY_PX == 2048 and image.size == (54, 82) and label.shape == (82, 54)
     assert np.array_equal(np.asarray(image), values.transpose(1, 2, 0)[::3, ::3])

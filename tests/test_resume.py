@@ -7,18 +7,17 @@ the work they fall depends on the machine, besides those that wait for a checkpo
 import os
 import random
 import signal
-import socket
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from small_runs import Starter, arguments, assert_same_run, ended, logged, write_inputs
+from forks import Forks, ended
+from small_runs import arguments, assert_same_run, logged, ranks_of_two, write_inputs
 
 from glare.checkpoints import TENSORS, folders, read, step_of
 
-POLL_SECONDS = 0.0005
+POLL_SECONDS = 0.001
 
 
 @pytest.fixture(scope="module")
@@ -26,13 +25,6 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("inputs")
     write_inputs(folder)
     return folder
-
-
-@pytest.fixture(scope="module")
-def starter() -> Iterator[Starter]:
-    made = Starter()
-    yield made
-    made.close()
 
 
 @dataclass(frozen=True)
@@ -76,55 +68,48 @@ def moments(count: int, *, seed: int) -> list[Moment]:
     return [Moment(event, seconds) for event, seconds in drawn]
 
 
-def kill(starter: Starter, command: list[str], run: Path, log: Path, moment: Moment) -> bool:
+def kill(forks: Forks, command: list[str], run: Path, log: Path, moment: Moment) -> bool:
     """Run until the moment; returns whether the process was killed, which it is unless it had ended."""
-    pid = starter.start(command, log)
+    pid = forks.start(command, log)
     moment.wait(run, pid)
     alive = not ended(pid)
     if alive:
         os.kill(pid, signal.SIGKILL)
-    code = starter.wait(pid)
+    code = forks.wait(pid)
     assert code == (-signal.SIGKILL if alive else 0), log.read_text()
     return alive
 
 
-def kill_for_good(pid: int) -> None:
-
-    os.kill(pid, signal.SIGKILL)
-
-
 @pytest.mark.parametrize(("job", "count", "steps"), [("pretrain", 20, 40), ("finetune", 6, 12)])
-def test_killed_at_random_moments(
-    starter: Starter, inputs: Path, tmp_path: Path, job: str, count: int, steps: int
-) -> None:
+def test_killed_at_random_moments(forks: Forks, inputs: Path, tmp_path: Path, job: str, count: int, steps: int) -> None:
     keys = {"steps": steps, "checkpoint_every": 1} | ({"eval_every": 2} if job == "finetune" else {})
     straight, run, log = tmp_path / "straight", tmp_path / "run", tmp_path / "log"
-    pid = starter.start(arguments(job, inputs, straight, **keys), log)
+    pid = forks.start(arguments(job, inputs, straight, **keys), log)
     again = arguments(job, inputs, run, resume=True, **keys)
     writing = 0
     for moment in moments(count, seed=count):
-        assert kill(starter, again, run, log, moment), f"it ended before {moment}"
+        assert kill(forks, again, run, log, moment), f"it ended before {moment}"
         writing += any((run / "checkpoints").glob(".step_*[0-9].partial"))
     assert writing >= count // 5, "too few of them fell into the writing of a checkpoint"
     for event in ("model", "after the model"):
-        kill(starter, again, run, log, Moment(event, 0.0, most=steps))  # or it was faster, and is done
+        kill(forks, again, run, log, Moment(event, 0.0, most=steps))  # or it was faster, and is done
         assert newest(run) == steps
-    last = starter.start(again, log)
-    assert (starter.wait(pid), starter.wait(last)) == (0, 0), log.read_text()
+    last = forks.start(again, log)
+    assert (forks.wait(pid), forks.wait(last)) == (0, 0), log.read_text()
     assert_same_run(run, straight)
     assert "is left out" not in log.read_text(), "no kill may harm a checkpoint that was written"
 
 
 @pytest.mark.parametrize(("job", "number"), [("pretrain", signal.SIGTERM), ("finetune", signal.SIGUSR1)])
 def test_a_signal_saves_what_was_done(
-    starter: Starter, inputs: Path, tmp_path: Path, job: str, number: signal.Signals
+    forks: Forks, inputs: Path, tmp_path: Path, job: str, number: signal.Signals
 ) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
     command = arguments(job, inputs, run, steps=500, checkpoint_every=3)
-    pid = starter.start(command, log)
+    pid = forks.start(command, log)
     Moment("step", 0.05).wait(run, pid)
     os.kill(pid, number)
-    assert starter.wait(pid) == 128 + number
+    assert forks.wait(pid) == 128 + number
     step = newest(run)
     said = log.read_text().splitlines()[-1]
     place = f"{run}/checkpoints/step_{step:06d}"
@@ -135,45 +120,34 @@ def test_a_signal_saves_what_was_done(
     assert "Traceback" not in log.read_text()
 
 
-def send(pid: int, number: signal.Signals) -> None:
-
-    os.kill(pid, number)
-
-
 def test_one_of_two_processes_gets_the_signal_and_both_stop_after_the_same_step(
-    starter: Starter, inputs: Path, tmp_path: Path
+    forks: Forks, inputs: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     command = arguments("pretrain", inputs, run, steps=500, checkpoint_every=1, batch_size=4)
     pids = [
-        starter.start(
-            command, tmp_path / f"log{rank}", environment={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        )
-        for rank in range(2)
+        forks.start(command, tmp_path / f"log{rank}", environment=environment)
+        for rank, environment in enumerate(ranks_of_two())
     ]
     Moment("step", 0.0).wait(run, pids[0])
     os.kill(pids[1], signal.SIGTERM)
-    assert [starter.wait(pid) for pid in pids] == [143, 143], [(tmp_path / f"log{rank}").read_text() for rank in (0, 1)]
+    assert [forks.wait(pid) for pid in pids] == [143, 143], [(tmp_path / f"log{rank}").read_text() for rank in (0, 1)]
     text = (tmp_path / "log0").read_text()
     assert f"stopped by SIGTERM with step {newest(run)} of 500 done" in text
     assert "stopped by" not in (tmp_path / "log1").read_text()
 
 
 @pytest.mark.parametrize("job", ["pretrain", "finetune"])
-def test_no_room_on_the_disk(starter: Starter, inputs: Path, tmp_path: Path, job: str) -> None:
+def test_no_room_on_the_disk(forks: Forks, inputs: Path, tmp_path: Path, job: str) -> None:
     """The system refuses files above a size, as a full disk does, in the middle of a write."""
     straight, run, log = tmp_path / "straight", tmp_path / "run", tmp_path / "log"
     keys = {"steps": 4, "checkpoint_every": 1, "keep_checkpoints": 1}
-    pid = starter.start(arguments(job, inputs, straight, **keys), log)
+    pid = forks.start(arguments(job, inputs, straight, **keys), log)
     again = arguments(job, inputs, run, resume=True, **keys)
 
     def refused(what: str, file_bytes: int) -> None:
         there, short_log = contents(run), tmp_path / f"refused {Path(what).name}"
-        assert starter.wait(starter.start(again, short_log, file_bytes=file_bytes)) == 2
+        assert forks.wait(forks.start(again, short_log, file_bytes=file_bytes)) == 2
         said = short_log.read_text().splitlines()[-1]
         assert said.startswith(
             f"glare {job}: error: there is no room for {run}/{what} (File too large); what was there"
@@ -181,15 +155,15 @@ def test_no_room_on_the_disk(starter: Starter, inputs: Path, tmp_path: Path, job
         assert "Traceback" not in short_log.read_text()
         assert contents(run) == there, "what was there is whole, and nothing half-written is left"
 
-    assert kill(starter, again, run, log, Moment("step", 0.0, most=1))
+    assert kill(forks, again, run, log, Moment("step", 0.0, most=1))
     done = newest(run)
     size = (folders(run)[0] / TENSORS).stat().st_size
     refused(f"checkpoints/step_{done + 1:06d}", size // 2)
     assert read(folders(run)[0]).step == done
-    kill(starter, again, run, log, Moment("model", 0.0, most=4))
+    kill(forks, again, run, log, Moment("model", 0.0, most=4))
     refused("model", 9000)
-    last = starter.start(again, log)
-    assert (starter.wait(pid), starter.wait(last)) == (0, 0), log.read_text()
+    last = forks.start(again, log)
+    assert (forks.wait(pid), forks.wait(last)) == (0, 0), log.read_text()
     assert_same_run(run, straight)
 
 

@@ -198,6 +198,56 @@ def test_resume_with_another_recipe(tmp_path: Path) -> None:
     assert (folder.path / "recipe.yaml").read_text() == to_yaml(same)
 
 
+@pytest.mark.parametrize(
+    ("images", "said"),
+    [
+        (["a", "b", "c", "d"], "other images: 1 (d) came in;"),
+        (["a"], "other images: 2 (b, c) dropped out;"),
+        (["b", "c", "x"], "other images: 1 (x) came in, 1 (a) dropped out;"),
+        (["a", "c", "b"], "other images: they have another order;"),
+        (list("abcdefgh"), "other images: 5 (d, e, f, ...) came in;"),
+    ],
+)
+def test_resume_with_other_images(tmp_path: Path, images: list[str], said: str) -> None:
+    folder, recipe = started(tmp_path / "run"), Job(output=tmp_path / "run", resume=True)
+    folder.begin(recipe, images=["a", "b", "c"])
+    folder.begin(recipe, images=images)  # before the first checkpoint the run begins anew
+    folder.begin(recipe, images=["a", "b", "c"])
+    folder.write_checkpoint(1, {"a": torch.zeros(1)}, {})
+    (folder.path / ".model.partial").mkdir()
+    before = files(folder.path)
+    with pytest.raises(UserError) as caught:
+        folder.begin(replace(recipe, learning_rate=0.1), images=images)
+    assert str(caught.value) == (
+        f"the run in {folder.path} was made with {said} "
+        "give --resume with the images as they were, or another --output without it"
+    )
+    assert files(folder.path) == before and (folder.path / ".model.partial").exists()
+    checkpoint, _ = folder.begin(recipe, images=["a", "b", "c"])
+    assert checkpoint is not None and checkpoint.images == ["a", "b", "c"]
+
+
+def test_a_checkpoint_that_knows_no_images_is_taken_as_it_is(tmp_path: Path) -> None:
+    folder = train(tmp_path / "run", start=0, end=4, resume=False)
+    checkpoint, _ = folder.begin(Job(output=folder.path, resume=True), images=["a"])
+    assert checkpoint is not None and checkpoint.images is None
+
+
+def test_resume_with_fewer_steps_than_there_are(tmp_path: Path) -> None:
+    folder = train(tmp_path / "run", start=0, end=9, resume=False)
+    (folder.path / ".model.partial").mkdir()
+    before = files(folder.path)
+    with pytest.raises(UserError) as caught:
+        folder.begin(Job(output=folder.path, resume=True, steps=7))
+    assert str(caught.value) == (
+        f"the last checkpoint in {folder.path} has 8 steps, more than the 7 that were asked for (--steps or --epochs); "
+        "give --resume with --steps 8 or more, or another --output without it"
+    )
+    assert files(folder.path) == before and (folder.path / ".model.partial").exists()
+    checkpoint, _ = folder.begin(Job(output=folder.path, resume=True, steps=8))
+    assert checkpoint is not None and checkpoint.step == 8
+
+
 def test_a_folder_is_published_whole_over_an_older_one(tmp_path: Path) -> None:
     folder = started(tmp_path / "run")
     for name in ("old", "new"):

@@ -106,7 +106,7 @@ def test_save_adapter_without_adapters(make_vit: MakeVit, tmp_path: Path) -> Non
     assert not (tmp_path / "adapter").exists()
 
 
-@pytest.mark.parametrize("head", ["linear", "fpn"])
+@pytest.mark.parametrize("head", ["linear", "pixel", "fpn"])
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_segmenter_saved_and_loaded_is_the_same(
     family: str, kind: str, head: str, make_vit: MakeVit, images: torch.Tensor, tmp_path: Path
@@ -117,7 +117,7 @@ def test_segmenter_saved_and_loaded_is_the_same(
             nn.init.uniform_(module.running_mean)
     with torch.no_grad():
         expected = model(images).logits
-    assert expected.shape == (2, 5, 4, 6)
+    assert expected.shape == ((2, 5, 16, 24) if head == "pixel" else (2, 5, 4, 6))
     model.save_pretrained(tmp_path)
     for auto in (GlareForSemanticSegmentation, AutoModelForSemanticSegmentation):
         loaded, info = auto.from_pretrained(tmp_path, output_loading_info=True)

@@ -1,9 +1,12 @@
 """Nothing that is read runs code, nothing is unpacked, and no token or password gets into a file or a message."""
 
 import ast
+import bz2
+import gzip
 import hashlib
 import io
 import json
+import lzma
 import os
 import pickle
 import tarfile
@@ -24,6 +27,7 @@ from glare import cli, region_attention
 from glare.backbones import load_backbone
 from glare.convert import ConvertRecipe
 from glare.convert import run as convert
+from glare.data import opening
 from glare.data.sources import BadImage, open_source
 from glare.errors import HIDDEN, UserError, redacted
 from glare.inference import load_segmenter
@@ -240,6 +244,59 @@ def test_members_of_a_tar_do_not_leave_it(tmp_path: Path, monkeypatch: pytest.Mo
     left = [file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*.png")]
     assert left == [] and not Path("/tmp/absolute-escaped.png").exists()
     assert sorted(path.name for path in (tmp_path / "data").rglob("*")) == ["shards", "x.tar"]
+
+
+def bomb(kind: str, size: int) -> dict[str, bytes]:
+    """Files of a folder with a picture of 4 x 3 px and something that unpacks to ``size`` bytes."""
+    picture, stream = io.BytesIO(), io.BytesIO()
+    Image.new("RGB", (4, 3)).save(picture, "png")
+    content = {
+        "plain": lambda: picture.getvalue() * (size // picture.tell()),
+        "member.gz": lambda: gzip.compress(bytes(size)),
+        "member.bz2": lambda: bz2.compress(bytes(size)),
+        "member.xz": lambda: lzma.compress(bytes(size)),
+        "whole": lambda: bytes(size),
+        "holes": lambda: b"",
+        "zip": lambda: b"",
+    }[kind]()
+    with tarfile.open(fileobj=stream, mode="w:gz" if kind == "whole" else "w") as tar:
+        for name, body in (("a.png", picture.getvalue()), (f"a.{kind}", content)):
+            member = tarfile.TarInfo(name)
+            member.size = len(body)
+            if name == "a.holes":
+                member.pax_headers = {
+                    "GNU.sparse.size": str(size),
+                    "GNU.sparse.map": "0,0",
+                    "GNU.sparse.numblocks": "1",
+                }
+            tar.addfile(member, io.BytesIO(body))
+    files = {"x.tar": stream.getvalue()}
+    if kind == "zip":
+        with zipfile.ZipFile(stream := io.BytesIO(), "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("a.npy", bytes(size))
+        files["y.dat"] = stream.getvalue()
+    return files
+
+
+@pytest.mark.parametrize("kind", ["plain", "member.gz", "member.bz2", "member.xz", "whole", "holes", "zip"])
+def test_what_a_tar_unpacks_to_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(opening, "MAX_GROWTH", 2**20)
+    datasets.disable_progress_bars()
+    for size, name in ((2**19, "small"), (2**21, "large")):
+        (tmp_path / name).mkdir()
+        for file, content in bomb(kind, size).items():
+            (tmp_path / name / file).write_bytes(content)
+    if kind != "zip":
+        assert open_source(str(tmp_path / "small")).read(0).size == (4, 3)
+    if kind == "plain":
+        assert open_source(str(tmp_path / "large")).read(0).size == (4, 3), "as large as it looks"
+        return
+    monkeypatch.setattr(datasets, "load_dataset", None)
+    with pytest.raises(UserError) as caught:
+        open_source(str(tmp_path / "large"))
+    said = f"up to its member 'a.{kind}' x.tar unpacks to more than" if kind != "zip" else "y.dat is a zip file"
+    assert f"cannot be read ({said}" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_table_does_not_lead_to_files_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import ViTConfig
 
 from glare.configuration_glare import GlareConfig
-from glare.segmentation_heads import FeaturePyramid, FPNHead, LinearHead, RescalingPyramid
+from glare.segmentation_heads import FeaturePyramid, FPNHead, LinearHead, PixelHead, RescalingPyramid
 
 
 def config(layers: int = 12, **fields: Any) -> GlareConfig:
@@ -28,6 +28,17 @@ def test_linear_head_is_a_matrix_on_the_last_map() -> None:
     expected = torch.einsum("cd,bdhw->bchw", head.classifier.weight[:, :, 0, 0], levels[-1])
     expected = expected + head.classifier.bias[None, :, None, None]
     torch.testing.assert_close(head(levels), expected)
+
+
+def test_pixel_head_is_a_matrix_on_each_token() -> None:
+    head = PixelHead(config(head="pixel")).eval()
+    (last,) = maps(1, 2, 3)
+    weight, bias = head.classifier.weight[:, :, 0, 0].view(5, 16, 16, 32), head.classifier.bias.view(5, 16, 16)
+    logits = head([last])
+    assert logits.shape == (2, 5, 32, 48)
+    for row, column, i, j in ((0, 0, 0, 0), (1, 2, 3, 15), (0, 2, 15, 0)):
+        expected = last[:, :, row, column] @ weight[:, i, j].T + bias[:, i, j]
+        torch.testing.assert_close(logits[:, :, 16 * row + i, 16 * column + j], expected)
 
 
 # 512 pixels at patch 16 are 32 cells; the logits stay there, or are four times finer with the pyramid

@@ -19,8 +19,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from glare.data.landcover import CLASSES, PALETTE
+from glare.dense_inference import patch_size
 from glare.errors import UserError
-from glare.inference import class_names, load_segmenter, palette, patch_size
+from glare.inference import class_names, load_segmenter, palette
 from glare.model_names import EMBEDDED
 from glare.modeling_glare import GlareModel
 from glare.segmenters import add_head, load_pretrained

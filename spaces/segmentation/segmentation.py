@@ -11,9 +11,9 @@ from PIL import Image
 
 from glare.data.opening import open_picture
 from glare.data.sources import BadImage, Images
+from glare.dense_inference import Sweep, segment
 from glare.errors import UserError
 from glare.figures import overlay
-from glare.inference import Tiling, segment
 from pairs import DEVICE, Pair, Segmenter
 
 MAX_PIXELS = 50_000_000  # of a file that is decoded at all: 150 MB as RGB
@@ -74,9 +74,10 @@ def _checked(file: Path) -> Image.Image:
 
 def run(segmenter: Segmenter, image: Image.Image) -> Map:
     """Segment one image, in windows where it has too many patches for one pass."""
-    tiling = Tiling(window=WINDOW_PATCHES * segmenter.patch_size)
+    # a visitor's model has no say in the size of what is computed
+    sweep = Sweep(window=WINDOW_PATCHES * segmenter.patch_size)
     started = time.perf_counter()
-    label = segment(segmenter.model, [image], normalise=segmenter.normalise, tiling=tiling)[0]
+    label = segment(segmenter.model, [image], normalise=segmenter.normalise, sweep=sweep)[0]
     return Map(label, time.perf_counter() - started)
 
 

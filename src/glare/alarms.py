@@ -43,9 +43,17 @@ def divergence(early: Sequence[Line], recent: Sequence[Line]) -> str | None:
     return next((found for name in LIMITS if (found := _above(name, early, recent[-IN_A_ROW:]))), None)
 
 
-def over_limit(early: Sequence[Line], line: Line) -> bool:
-    """Whether a line is what ``divergence`` counts: the run may be in trouble, so that no checkpoint is written."""
-    return any(_above(name, early, [line]) for name in LIMITS)
+def over_limit(early: Sequence[Line], line: Line) -> str | None:
+    """What ``divergence`` would count of one line: the run may be in trouble, or it was a bad draw."""
+    return next((found for name in LIMITS if (found := _above(name, early, [line]))), None)
+
+
+def without_overflow(line: Line) -> Line:
+    """A line of a run whose loss is scaled (fp16), without a gradient norm that is not finite.
+
+    There the step was left out and the scale lowered, which is no trouble and says nothing of the gradients.
+    """
+    return {name: value for name, value in line.items() if name != "grad_norm" or math.isfinite(value)}
 
 
 def _above(name: str, early: Sequence[Line], recent: Sequence[Line]) -> str | None:

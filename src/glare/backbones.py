@@ -1,17 +1,28 @@
 """The ViT an adaptation starts from: found, loaded in float32 and given what is to train (paper section 3.2)."""
 
 import inspect
+from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig
 from torch import nn
-from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForSemanticSegmentation,
+    PreTrainedConfig,
+    PreTrainedModel,
+    UperNetForSemanticSegmentation,
+)
 
 from glare.errors import UserError, shortened
 from glare.json_files import read_json
 from glare.model_names import EMBEDDED, Place, explained, place_of
+from glare.model_sizes import check_labels, oversize
 from glare.modeling_glare import GlareModel, vit_blocks
 from glare.uniadapter import UniAdapterConfig
 from glare.views import Normalisation
@@ -35,8 +46,12 @@ def load_backbone(name: str) -> GlareModel:
     place = place_of(name)
     with explained("backbone", name, HINT):
         config = read_config(place)
+        auto = AutoModelForSemanticSegmentation if config.model_type == "upernet" else AutoModel
+        check_size(lambda: auto.from_config(config, trust_remote_code=False))
         if place.name.endswith(".json"):
             model = AutoModel.from_config(config, dtype=torch.float32)
+        elif config.model_type == "upernet":
+            model = _below_upernet(place)
         else:
             options = place.safe_options | without_pooler(config)
             model = AutoModel.from_pretrained(place.name, dtype=torch.float32, **options)
@@ -47,8 +62,20 @@ def load_backbone(name: str) -> GlareModel:
     return model
 
 
+def _below_upernet(place: Place) -> GlareModel:
+    """The ViT below the UPerNet of ``glare finetune``, with its adapters."""
+    segmenter = UperNetForSemanticSegmentation.from_pretrained(place.name, dtype=torch.float32, **place.safe_options)
+    if not isinstance(segmenter.backbone, GlareModel):
+        raise ValueError(f"the backbone of this UPerNet is a {type(segmenter.backbone).__name__}, not one of glare")
+    model = GlareModel(segmenter.config.backbone_config)
+    model.config.backbone_pyramid = False
+    model.backbone.load_state_dict(segmenter.backbone.backbone.state_dict())
+    return model
+
+
 def read_config(place: Place) -> PreTrainedConfig:
-    """The configuration of a model, of no more blocks than a model may have; ValueError for others."""
+    """The configuration of a model, of no more blocks and classes than a model may have; ValueError for others."""
+    check_labels(PreTrainedConfig.get_config_dict(place.name, **place.options)[0])
     config = AutoConfig.from_pretrained(place.name, trust_remote_code=False, **place.options)
     inner = getattr(config, "backbone_config", None)
     for part in (config, inner, getattr(inner, "backbone_config", None)):
@@ -60,6 +87,12 @@ def read_config(place: Place) -> PreTrainedConfig:
             if isinstance(divisor, int) and divisor < 1:
                 raise ValueError(f"{key} is {divisor}, it has to be at least 1")
     return config
+
+
+def check_size(build: Callable[[], nn.Module]) -> None:
+    """Raise ValueError where the model that ``build`` makes does not fit into memory; nothing is allocated."""
+    if reason := oversize(build):
+        raise ValueError(f"its {reason}")
 
 
 def without_pooler(config: PreTrainedConfig) -> dict[str, bool]:
@@ -84,7 +117,7 @@ def adapt(model: GlareModel, kind: str, *, rank: int, scale: float, place: str =
                 f"the backbone already has {present} adapters, --adapter {kind} is not possible: give {present}"
             )
     elif kind in ("uniadapter", "lora"):
-        model = GlareModel.from_backbone(backbone, _adapter_config(backbone, kind, rank=rank, scale=scale, place=place))
+        model = add_adapters(backbone, _adapter_config(backbone, kind, rank=rank, scale=scale, place=place))
     for name, parameter in model.backbone.named_parameters():
         trains = any(part in name for part in ("uniadapter_", "lora_")) or (kind == "full" and "mask_token" not in name)
         parameter.requires_grad_(trains)
@@ -93,6 +126,15 @@ def adapt(model: GlareModel, kind: str, *, rank: int, scale: float, place: str =
             if isinstance(module, nn.LayerNorm):
                 module.requires_grad_(True)
     return model
+
+
+def add_adapters(backbone: PreTrainedModel, config: PeftConfig) -> GlareModel:
+    """Fresh adapters in a ViT. Raises UserError where they do not fit into memory."""
+    bare = deepcopy(backbone.config)
+    reason = oversize(lambda: GlareModel.from_backbone(AutoModel.from_config(bare), deepcopy(config)))
+    if reason:
+        raise UserError(f"with the adapters {reason}; give a lower rank")
+    return GlareModel.from_backbone(backbone, config)
 
 
 def _adapter_config(backbone: PreTrainedModel, kind: str, *, rank: int, scale: float, place: str) -> PeftConfig:

@@ -22,6 +22,7 @@ from glare.pretrain import PretrainRecipe, make_student
 from glare.pretrain_plan import Plan
 from glare.pretrain_step import OBJECTIVE, cut_views, train_step
 from glare.runtime import Clock, epoch_batches, seeded
+from glare.shares import share_of
 from glare.student import Student
 from glare.teacher import make_teacher
 from glare.train_state import TrainState, make_optimizer
@@ -91,9 +92,10 @@ class OwnWay:
         with clock.measure("views"):
             views = cut_views(
                 self.images,
-                batch,
+                batch[share_of(self.accelerator, len(batch))],
                 self.recipe.views,
                 self.accelerator,
+                batch_size=len(batch),
                 seed=plan.seed,
                 step=self.done,
                 patch_size=self.model.patch_size,

@@ -9,7 +9,7 @@ import hashlib
 import json
 import shutil
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,18 @@ TENSORS, STATE, HASHES = "state.safetensors", "state.json", "SHA256SUMS"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state after ``step`` optimizer steps, on the CPU; ``metrics_bytes`` is how long the log was then."""
+    """The state after ``step`` optimizer steps, on the CPU; ``metrics_bytes`` is how long the log was then.
+
+    ``images``: names of what the run trains on, in their order; ``frozen``: digest of the weights that do not train
+    and that no checkpoint holds; None where it was not said.
+    """
 
     step: int
     tensors: dict[str, Tensor]
     state: dict[str, Any]
     metrics_bytes: int
+    images: list[str] | None = None
+    frozen: str | None = None
 
 
 class DamagedError(Exception):
@@ -54,15 +60,23 @@ def step_of(folder: Path) -> int:
     return int(folder.name[5:])
 
 
-def fill(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], metrics_bytes: int) -> None:
-    """Write a checkpoint into an empty folder.
+def fill(
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    metrics_bytes: int,
+    images: Sequence[str] | None = None,
+    frozen: str | None = None,
+) -> None:
+    """Write a checkpoint, with the fields of ``Checkpoint``, into an empty folder.
 
     Tensors may have any dtype, shape and device, and share memory; ``state`` is plain JSON, floats exact.
     """
     # safetensors refuses tensors that share memory or have gaps
     packed = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     save_file(packed, folder / TENSORS)
-    content = {"step": step, "metrics_bytes": metrics_bytes, "state": state}
+    content = {"step": step, "metrics_bytes": metrics_bytes, "state": state, "images": images, "frozen": frozen}
     (folder / STATE).write_text(json.dumps(content), encoding="utf-8")
     lines = [f"{_hash(folder / name)}  {name}\n" for name in (TENSORS, STATE)]
     (folder / HASHES).write_text("".join(lines), encoding="utf-8")
@@ -76,7 +90,9 @@ def read(folder: Path) -> Checkpoint:
             if f"{_hash(folder / name)}  {name}" not in lines:
                 raise DamagedError(f"{name} does not have the hash in {HASHES}")
         saved = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        return Checkpoint(saved["step"], load_file(folder / TENSORS), saved["state"], saved["metrics_bytes"])
+        tensors = load_file(folder / TENSORS)
+        said = saved.get("images"), saved.get("frozen")
+        return Checkpoint(saved["step"], tensors, saved["state"], saved["metrics_bytes"], *said)
     except OSError as error:
         raise DamagedError(f"{Path(error.filename or folder).name}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:

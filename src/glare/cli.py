@@ -13,6 +13,7 @@ from glare.versions import version_of
 JOBS = {
     "demo": ("glare.demo:main", "adapt, fine-tune and compare on the built-in scenes, without a network"),
     "pretrain": ("glare.pretrain:main", "adapt a self-supervised ViT to unlabelled images"),
+    "classify": ("glare.classify:main", "train a ViT to tell classes of images apart, before fine-tuning"),
     "finetune": ("glare.finetune:main", "train a segmentation head on labelled images"),
     "evaluate": ("glare.evaluate:main", "measure a segmentation model on labelled images"),
     "compare": ("glare.compare:main", "did it help: adapted models against the untouched one and random adapters"),

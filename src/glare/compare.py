@@ -37,6 +37,7 @@ from glare.modeling_glare import GlareModel
 from glare.price import inference_overhead, price
 from glare.report import Picture, summary, write_report
 from glare.run_folder import RunFolder, run_folder_of
+from glare.run_lock import released
 from glare.runtime import make_accelerator
 from glare.verdicts import Measured, confidence_of, probe_result, row_verdict
 from glare.versions import versions
@@ -71,6 +72,7 @@ def main(argv: Sequence[str]) -> None:
     run(recipes.parse(CompareRecipe, argv, prog="glare compare"))
 
 
+@released()
 def run(recipe: CompareRecipe) -> Comparison:
     """Measure, judge, write the report and return what it says."""
     started = time.perf_counter()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from glare.data.labelled import LabelledSet, open_labelled
+from glare.data.labelled import LabelledSet, default_split, open_labelled
 from glare.data.raster_windows import AS_NEEDED, RasterReading, file_of
 from glare.data.sources import matching
 from glare.errors import UserError, first_line
@@ -57,13 +57,17 @@ class Division:
 
 
 def open_pool(data: str, *, match: str | None, raster: RasterReading = AS_NEEDED) -> Pool:
-    """The images of the splits ``train`` and ``val`` of a labelled folder, or of all of it where it has no such."""
-    found = [name for name in SPLITS if (local_path(data) / name / "images").is_dir()]
-    sets = [open_labelled(data, split=name or None, raster=raster) for name in found or [""]]
+    """The images of the splits ``train`` and ``val`` of labelled data, or of all of it where it has no such.
+
+    Of a data set of the catalog without val, ``val`` is its test.
+    """
+    found = {name: split for name in SPLITS if (split := default_split(data, name)) is not None}
+    sets = [open_labelled(data, split=split, raster=raster) for split in found.values()]
+    sets = sets or [open_labelled(data, raster=raster)]
     if any(part.classes != sets[0].classes for part in sets):
         raise UserError(f"train and val of {data!r} have different classes; give both the same classes.json")
     parts = [name for name, part in zip(found or [""], sets, strict=True) for _ in part.names]
-    pool = Pool(_joined(sets, found), parts)
+    pool = Pool(_joined(sets, list(found)), parts)
     return pool.subset(matching(pool.data.names, match, data=data))
 
 

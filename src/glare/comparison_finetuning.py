@@ -13,8 +13,9 @@ from torch import Tensor
 
 from glare import finetune
 from glare.comparison_probes import Subject
+from glare.dense_inference import segment
 from glare.evaluate import confusion
-from glare.inference import load_segmenter, segment
+from glare.inference import load_segmenter
 from glare.intervals import areas
 
 

@@ -10,7 +10,8 @@ from typing import Any
 from glare.comparison import ADAPTED, FOREIGN, UNTOUCHED, Model
 from glare.errors import UserError
 from glare.modeling_glare import GlareModel
-from glare.run_folder import MAY_DIFFER_ON_RESUME, run_folder_of
+from glare.resuming import MAY_DIFFER_ON_RESUME
+from glare.run_folder import run_folder_of
 from glare.segmenters import load_pretrained
 from glare.yaml_files import flatten, read_mapping
 

@@ -18,7 +18,7 @@ class CompareRecipe:
 
     base: str = required(help="the untouched ViT: folder or Hub id")
     adapted: tuple[str, ...] = required(help="run folders of glare pretrain, model or PEFT adapter folders, or Hub ids")
-    data: str = required(help="labelled folder, or landcover:<domain>[:count[:seed]]")
+    data: str = required(help="labelled folder, landcover:<domain>[:count[:seed]], or of the catalog (loveda:FOLDER)")
     output: Path = required(help="folder for the report, compare.json and compare.md")
     protocol: str = option("linear", "frozen features and ridge; neighbours; full fine-tuning", choices=tuple(PROBES))
     foreign: tuple[str, ...] = option((), "models adapted in the same way to images of another domain")

@@ -19,7 +19,7 @@ def verdicts_in(folder: Path) -> str:
         places = {str(result["base"]), *(str(data["data"]) for data in result["data"]), *models}
     except (KeyError, TypeError) as error:
         raise UserError(f"{values} is not as glare compare writes it ({error!r}); give its output folder") from None
-    for place in sorted((place for place in places if "/" in place), key=len, reverse=True):
+    for place in sorted((place for place in places if "/" in place or ":" in place), key=len, reverse=True):
         if not looks_like_hub_id(place) or place in models:
             text = text.replace(escape(place), escape(public_name(place))).replace(place, public_name(place))
     return text.strip()

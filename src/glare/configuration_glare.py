@@ -46,9 +46,11 @@ class GlareConfig(BackboneConfigMixin, PreTrainedConfig):
         None for a ViT without adapters.
     out_features, out_indices: blocks whose output feeds the FPN head or leaves the backbone class, as names
         ("stage1" to "stageN") or as 0-based block numbers; by default four, evenly spaced, the last included.
-    head: "fpn" (semantic FPN on the tapped blocks) or "linear" (1x1 convolution on the final tokens).
+    head: "fpn" (semantic FPN on the tapped blocks), "linear" (1x1 convolution on the final tokens) or "pixel" (the same
+        to every pixel of a patch).
     fpn_channels, head_channels: widths of the FPN and of the head after it.
     pyramid: rescale the taps by 4, 2, 1 and 1/2 before the FPN, for logits at a quarter of the patch size.
+    backbone_pyramid: the same for the maps that leave the backbone class, as for UperNet.
     head_dropout: channel dropout before the classifier, in [0, 1).
     ignore_index: label that enters no loss.
     format: of the checkpoint, at most the number that this version knows.
@@ -66,6 +68,7 @@ class GlareConfig(BackboneConfigMixin, PreTrainedConfig):
     fpn_channels: int = 256
     head_channels: int = 128
     pyramid: bool = False
+    backbone_pyramid: bool = False
     head_dropout: float = 0.1
     ignore_index: int = 255
     format: int = FORMAT
@@ -103,8 +106,8 @@ class GlareConfig(BackboneConfigMixin, PreTrainedConfig):
         return fields
 
     def _validate_fields(self) -> None:
-        if self.head not in ("linear", "fpn"):
-            raise ValueError(f"head={self.head!r} given; choose 'linear' or 'fpn'.")
+        if self.head not in ("linear", "pixel", "fpn"):
+            raise ValueError(f"head={self.head!r} given; choose 'linear', 'pixel' or 'fpn'.")
         if self.adapter_config is not None and "peft_type" not in self.adapter_config:
             raise ValueError(
                 "adapter_config has no `peft_type`; pass the `to_dict()` of a PEFT configuration, or None."

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from glare.data.cache import Reading
-from glare.data.labelled import IGNORE_INDEX, LabelledSet, open_labelled
+from glare.data.catalog import named
+from glare.data.labelled import IGNORE_INDEX, LabelledSet, default_split, open_labelled
 from glare.data.raster_windows import AS_NEEDED, RasterReading
 from glare.data.sources import BadImage, Images
 from glare.errors import UserError
@@ -167,6 +168,8 @@ def split_of(name: str) -> str:
 
 def _label_sets(data: str, raster: RasterReading) -> tuple[dict[str, _Tally], dict[str, tuple[LabelledSet, int]]]:
     """An empty tally for each labelled split of a folder; and set and index of each labelled image, by its name."""
+    if named(data) is not None:
+        return _archive_labels(data)
     folder = local_path(data)
     tallies: dict[str, _Tally] = {}
     labelled: dict[str, tuple[LabelledSet, int]] = {}
@@ -183,6 +186,15 @@ def _label_sets(data: str, raster: RasterReading) -> tuple[dict[str, _Tally], di
         place = (part / "images").relative_to(folder).as_posix()
         labelled |= {f"{place}/{name}": (found, index) for index, name in enumerate(found.names)}
     return tallies, labelled
+
+
+def _archive_labels(data: str) -> tuple[dict[str, _Tally], dict[str, tuple[LabelledSet, int]]]:
+    """As `_label_sets`, of the training split of a data set of the catalog; nothing where it has only images."""
+    try:
+        found = open_labelled(data, split=default_split(data, TRAIN))
+    except UserError:
+        return {}, {}
+    return {"": _Tally(found.classes)}, {name: (found, index) for index, name in enumerate(found.names)}
 
 
 def _has_labels(folder: Path) -> bool:

@@ -19,8 +19,9 @@ from PIL import Image
 
 from glare import finetune, pretrain, recipes
 from glare.data.labelled import open_labelled
+from glare.dense_inference import segment
 from glare.figures import colourise, panel
-from glare.inference import load_segmenter, segment
+from glare.inference import load_segmenter
 from glare.model_names import EMBEDDED
 from glare.recipes import option
 from glare.run_folder import RunFolder, atomic_write_json

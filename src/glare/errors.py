@@ -26,6 +26,10 @@ class UserError(Exception):
         super().__init__(redacted(message))
 
 
+class NotFiniteError(UserError):
+    """A loss or a weight that is infinite or not a number, so that a training cannot go on."""
+
+
 class Stopped(SystemExit):
     """A run that SIGTERM or SIGUSR1 has ended, after it has said so; the process leaves with 128 + the signal."""
 

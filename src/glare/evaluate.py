@@ -1,10 +1,10 @@
-"""``glare evaluate``: mIoU, accuracies and per-class IoU of a model on labelled images, at their native size."""
+"""``glare evaluate``: mIoU, accuracies and per-class IoU of a model on labelled images, at the labels' own size."""
 
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,13 @@ from transformers import PreTrainedModel
 
 from glare import recipes
 from glare.data.labelled import LabelledSet, open_labelled
+from glare.data.labelled import default_split as default_split
 from glare.data.raster_windows import RasterReading
 from glare.data.sources import BadImage
+from glare.dense_inference import Sweep, asked, logits, sweep_for
 from glare.errors import UserError
-from glare.inference import DEFAULT_TILING, Tiling, class_names, load_segmenter, logits
+from glare.inference import class_names, load_segmenter
 from glare.metrics import SegmentationScores, confusion_matrix
-from glare.paths import local_path
 from glare.recipes import option, required
 from glare.run_folder import atomic_write_json, run_folder_of
 from glare.runtime import DEVICES, PRECISIONS, make_accelerator
@@ -43,19 +44,22 @@ class EvaluateRecipe:
     """Measure a segmentation model on labelled images."""
 
     model: str = required(help="run folder of glare finetune, its model folder, or a Hub id")
-    data: str = required(help="labelled folder, or landcover:<domain>[:count[:seed]]")
-    split: str | None = option(None, "sub-folder of the data; val where there is one")
+    data: str = required(help="labelled folder, landcover:<domain>[:count[:seed]], or of the catalog (loveda:FOLDER)")
+    split: str | None = option(None, "sub-folder of the data or split of the catalog; val where there is one")
     match: str | None = option(None, "globs on file stems, comma-separated, ! excludes")
     json: Path | None = option(None, "file to write the scores to")
     window: int | None = option(None, "side in px of sliding windows; by default only above 1536 px, of 1024 px")
     stride: int | None = option(None, "distance of sliding windows in px; two thirds of the window by default")
+    test_scale: tuple[int, int] | None = option(None, "bring images to fit these two sides in px first, as 2048,512")
+    ratios: tuple[float, ...] = option((1.0,), "factors on the images' size, as 0.5,1,1.5; the mean of the softmax")
+    flip: bool = option(False, "the mean with the mirror images, too")
     strict: bool = option(False, "stop at the first unreadable image instead of skipping it")
     device: str = option("auto", "where to run", choices=DEVICES)
     precision: str = option("auto", "auto: bf16 where the processor has it", choices=PRECISIONS)
     raster: RasterReading = option(RasterReading(), "GeoTIFFs")
 
     def __post_init__(self) -> None:
-        Tiling(self.window, self.stride)
+        asked(self)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -70,23 +74,19 @@ def run(recipe: EvaluateRecipe) -> SegmentationScores:
     split = recipe.split or default_split(recipe.data, "val")
     data = open_labelled(recipe.data, split=split, match=recipe.match, raster=recipe.raster)
     check_classes(class_names(model), data.classes, model=recipe.model, data=recipe.data)
-    tiling = Tiling(recipe.window, recipe.stride)
+    sweep = sweep_for(model, recipe)
     with accelerator.autocast():
-        scores, skipped = evaluate(model, data, normalise=normalise, tiling=tiling, strict=recipe.strict)
+        scores, skipped = evaluate(model, data, normalise=normalise, sweep=sweep, strict=recipe.strict)
     num_images = len(data) - len(skipped)
     if not num_images:
         raise UserError(f"none of the {len(data)} images can be used; {skipped[0][0]}, for example: {skipped[0][1]}")
     print(table(scores, num_images=num_images, skipped=skipped))
     if recipe.json is not None:
         about = {"data": recipe.data, "split": split, "match": recipe.match, "model": recipe.model}
-        entry = describe(scores, num_images=num_images, seed=training_seed(recipe.model), about=about)
+        seed = training_seed(recipe.model)
+        entry = describe(scores, num_images=num_images, seed=seed, about=about, sweep=sweep)
         atomic_write_json(recipe.json, entry)
     return scores
-
-
-def default_split(data: str, name: str) -> str | None:
-    """``name`` if the labelled folder has a split of this name, else None."""
-    return name if (local_path(data) / name / "images").is_dir() else None
 
 
 def evaluate(
@@ -94,11 +94,11 @@ def evaluate(
     data: LabelledSet,
     *,
     normalise: Normalisation,
-    tiling: Tiling = DEFAULT_TILING,
+    sweep: Sweep | None = None,
     strict: bool = False,
 ) -> tuple[SegmentationScores, list[tuple[str, str]]]:
     """Scores of a model in evaluation mode on all images, and (name, reason) of those that could not be read."""
-    matrix, skipped = confusion(model, data, range(len(data)), normalise=normalise, tiling=tiling, strict=strict)
+    matrix, skipped = confusion(model, data, range(len(data)), normalise=normalise, sweep=sweep, strict=strict)
     return SegmentationScores.from_confusion(matrix, data.classes), skipped
 
 
@@ -108,7 +108,7 @@ def confusion(
     indices: Sequence[int],
     *,
     normalise: Normalisation,
-    tiling: Tiling = DEFAULT_TILING,
+    sweep: Sweep | None = None,
     strict: bool = False,
 ) -> tuple[Tensor, list[tuple[str, str]]]:
     """Confusion matrix (classes, classes) int64 of the images ``indices``, and those that could not be read."""
@@ -118,7 +118,7 @@ def confusion(
     bar = tqdm(total=len(indices), desc="evaluate", unit="image", disable=None, leave=False)
     for group in _equal_sizes(read_ahead(data, indices, skipped=skipped, strict=strict)):
         pixels, labels = (torch.from_numpy(np.stack(part)) for part in zip(*group, strict=True))
-        found = logits(model, pixels, normalise=normalise, tiling=tiling).max(dim=1).indices
+        found = logits(model, pixels, normalise=normalise, sweep=sweep).max(dim=1).indices
         total += confusion_matrix(found.cpu(), labels, num_classes=num_classes, ignore_index=data.ignore_index)
         bar.update(len(group))
     bar.close()
@@ -185,10 +185,11 @@ def _percent(value: float | None) -> str:
 
 
 def describe(
-    scores: SegmentationScores, *, num_images: int, seed: int | None, about: Mapping[str, str | None]
+    scores: SegmentationScores, *, num_images: int, seed: int | None, about: Mapping[str, str | None], sweep: Sweep
 ) -> dict[str, Any]:
-    """What ``eval.json`` holds; ``about`` says which data and model the scores are of."""
-    return {**scores.to_dict(), "num_images": num_images, **about, "seed": seed, "versions": versions()}
+    """What ``eval.json`` holds; ``about`` says which data and model the scores are of, ``sweep`` how they were got."""
+    counted = {**scores.to_dict(), "num_images": num_images}
+    return {**counted, **about, "inference": asdict(sweep), "seed": seed, "versions": versions()}
 
 
 def training_seed(model: str) -> int | None:

@@ -250,7 +250,7 @@ def curves_picture(curves: Mapping[str, Sequence[Point]], *, label: str, size: t
         for colour, points in zip(colours, curves.values(), strict=True):
             drawn = [_place(point, frame, bounds) for point in (points if pale else smooth(points))]
             _curve(layer, drawn, colour, pale=pale)
-    layer = layer.resize(size, Image.Resampling.LANCZOS).crop((0, frame[1] - 4, *size))
+    layer = layer.reduce(SUPERSAMPLING).crop((0, frame[1] - 4, *size))
     canvas.paste(layer, (0, frame[1] - 4), layer)
     names = dict(zip(curves, colours, strict=True))
     canvas.paste(legend(names, width=frame[2] - frame[0]), (frame[0] - GAP, MARGIN - GAP))

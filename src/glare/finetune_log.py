@@ -6,6 +6,7 @@ from dataclasses import asdict
 from glare.data.cache import skipped_lines
 from glare.data.labelled import PackedLabelled
 from glare.finetune_plan import Plan
+from glare.metrics import SegmentationScores
 from glare.runtime import Clock
 
 
@@ -36,6 +37,11 @@ def measurements(plan: Plan, loss: float, clock: Clock, *, rates: tuple[float, f
         "images_per_second": steps * plan.batch_size / seconds,
         "data_wait": clock.seconds["data"] / seconds,
     }
+
+
+def summary(scores: SegmentationScores) -> dict[str, float]:
+    """What the log and the trackers hold of an evaluation."""
+    return {"miou": scores.miou, "aacc": scores.aacc, "macc": scores.macc}
 
 
 def progress_text(values: Mapping[str, float]) -> str:

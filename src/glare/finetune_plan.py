@@ -17,7 +17,7 @@ MAX_WARMUP = 1500
 
 @dataclass(frozen=True)
 class Plan:
-    """Numbers of a run: peaks of the learning rates, ``crop_size`` in px, the others in steps and crops."""
+    """Numbers of a run: peaks and floor of the learning rates, ``crop_size`` in px, the others in steps and crops."""
 
     steps: int
     batch_size: int
@@ -26,6 +26,8 @@ class Plan:
     learning_rate: float
     backbone_learning_rate: float
     gradient_accumulation_steps: int = 1
+    poly_power: float = 1.0
+    min_learning_rate: float = 0.0
 
 
 def make_plan(given: Any, *, num_images: int, short_side: int, patch: int, on_cpu: bool) -> Plan:
@@ -35,8 +37,10 @@ def make_plan(given: Any, *, num_images: int, short_side: int, patch: int, on_cp
     at most 512 px, or 256 px on a CPU, in whole patches. Batch: 8, or 4 on a CPU. Rates: 6e-5 throughout where the
     run sees 160,000 images, otherwise 1e-3 for the head and 3e-5 below it.
     """
-    batch_size = given.batch_size or (4 if on_cpu else 8)
-    steps = given.steps or max(STEPS[0], min(STEPS[1], PASSES * num_images // batch_size))
+    batch_size = (4 if on_cpu else 8) if given.batch_size is None else given.batch_size
+    steps = given.steps
+    if steps is None:
+        steps = max(STEPS[0], min(STEPS[1], PASSES * num_images // batch_size))
     long = steps * batch_size >= LONG_RUN_VISITS
     derived = Plan(
         steps=steps,

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from glare.data.labelled import PackedLabelled
-from glare.errors import UserError
+from glare.errors import NotFiniteError
 from glare.finetune_plan import Plan
 from glare.labelled_crops import IGNORED, TrainingCrops, training_batch
 from glare.runtime import seeded
@@ -48,7 +48,7 @@ def train_step(
 ) -> float:
     """One optimizer step on this process's pixels and labels; returns the loss of the whole batch.
 
-    Raises UserError, on all processes, when it is not finite; nothing has changed then.
+    Raises NotFiniteError, on all processes, where it is not finite; nothing has changed then.
     """
     # dropout draws from the global generator: seeded anew, it draws the same after a resume
     torch.manual_seed(seeded(seed, step, DROPOUT, accelerator.process_index).initial_seed())
@@ -57,17 +57,20 @@ def train_step(
     shares = []
     for images in passes(len(labels), plan.gradient_accumulation_steps):
         last = images.stop == len(labels)
+        counted = (labels[images] != IGNORED).sum()
+        # UPerNet's loss of no labelled pixel is no number: give it some, which count for nothing
+        shown = labels[images].where(counted > 0, 0)
         with nullcontext() if last else accelerator.no_sync(wrapped):
             with accelerator.autocast():
-                loss = wrapped(pixel_values=pixels[images], labels=labels[images]).loss
-            part = loss * ((labels[images] != IGNORED).sum() / labelled).squeeze()
+                loss = wrapped(pixel_values=pixels[images], labels=shown).loss
+            part = loss * (counted / labelled).squeeze()
             accelerator.backward(part * accelerator.num_processes)  # of whose gradients DDP takes the mean
         shares.append(part.detach().float().view(1))
     value = added_up({"loss": torch.stack(shares).sum(dim=0)}, accelerator)["loss"].item()
     if not math.isfinite(value):
-        raise UserError(
+        raise NotFiniteError(
             f"the loss became {value} at step {step + 1}; lower learning_rate (now {plan.learning_rate}) and "
-            f"backbone_learning_rate (now {plan.backbone_learning_rate}), or give --precision fp32, in a new run"
+            f"backbone_learning_rate (now {plan.backbone_learning_rate}), or give --precision fp32"
         )
     head, backbone = learning_rates(plan, step)
     for group in optimizer.param_groups:
@@ -78,7 +81,10 @@ def train_step(
 
 
 def learning_rates(plan: Plan, step: int) -> tuple[float, float]:
-    """Of head and backbone: linear warm-up, then a straight line to zero (mmsegmentation's poly of power 1)."""
-    peaks = (plan.learning_rate, plan.backbone_learning_rate)
-    head, backbone = (warmup_poly(step, steps=plan.steps, warmup=plan.warmup_steps, peak=peak) for peak in peaks)
-    return head, backbone
+    """Of head and backbone: linear warm-up, then mmsegmentation's poly, a straight line where its power is 1."""
+
+    def rate(peak: float) -> float:
+        shape = {"power": plan.poly_power, "end": min(plan.min_learning_rate, peak)}
+        return warmup_poly(step, steps=plan.steps, warmup=plan.warmup_steps, peak=peak, **shape)
+
+    return rate(plan.learning_rate), rate(plan.backbone_learning_rate)

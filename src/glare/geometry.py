@@ -50,6 +50,16 @@ class Crop:
         return Crop(self.offset.to(device), self.scale.to(device))
 
 
+def factor_to_fit(size_px: Tensor, scale: tuple[int, int]) -> Tensor:
+    """By what images are multiplied so that they just fit ``scale``, as mmcv's ``imrescale`` does.
+
+    ``size_px`` (..., 2), sides in any order, and so ``scale``: the longer side may be as long as its larger number, the
+    shorter one as its smaller number. The result (...) is float64.
+    """
+    size_px = size_px.double()
+    return torch.minimum(max(scale) / size_px.amax(dim=-1), min(scale) / size_px.amin(dim=-1))
+
+
 def patch_centres(grid: Grid, *, device: torch.device | None = None) -> Tensor:
     """Centres of the patches of a view, row-major: (rows * columns, 2) in unit coordinates, (x, y)."""
     rows, columns = grid

@@ -6,18 +6,41 @@ variance in all directions, as in data-dependent initialisations; Krähenbühl e
 mean logits of these images instead of zero.
 """
 
+from typing import Any
+
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
+from glare.crops import PackedImages, subset
 from glare.draws import Draws
 from glare.gram import eigh, gram
 from glare.objectives.base import ProjectionHead
+from glare.pretrain_plan import Plan
+from glare.runtime import seeded
 from glare.student import Student
-from glare.views import Views
+from glare.views import Normalisation, Views, make_views
 
 IMAGES = 32
 FLOOR = 0.01  # of the mean variance, added to that of each direction
 EPS = 1e-12  # variance, for rows that are all the same
+
+
+def fit_head(
+    student: Student,
+    images: PackedImages,
+    recipe: Any,
+    accelerator: Accelerator,
+    *,
+    patch_size: int,
+    normalise: Normalisation,
+) -> None:
+    """Fit the fresh head to the first of ``images``, the same on every process, by a resolved recipe."""
+    index = torch.arange(min(len(images), IMAGES))
+    first, draws = subset(images, index).to(accelerator.device), Draws(seeded(recipe.seed, 0), len(index))
+    views = make_views(first, index, recipe.views, patch_size=patch_size, normalise=normalise, draws=draws)
+    with accelerator.autocast():
+        start_head(student, views, temperature=Plan.of(recipe).temperature_at(0), draws=draws)
 
 
 @torch.no_grad()
@@ -30,8 +53,10 @@ def start_head(student: Student, views: Views, *, temperature: float, draws: Dra
         temperature: of the teacher at the first step.
         draws: of these images, for the objective.
     """
+    head = student.objective.head
+    assert head is not None
     features = student.target_features(views)
-    whiten(student.objective.head, torch.cat([features.patches.flatten(0, 2), features.cls.flatten(0, 1)]))
+    whiten(head, torch.cat([features.patches.flatten(0, 2), features.cls.flatten(0, 1)]))
     places = student.objective.places(features, views, draws)
     terms = student(views, features, places, counts=places.counts(), target=student, temperature=temperature)
     student.objective.update(terms.batch_sums, momentum=0.0)

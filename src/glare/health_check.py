@@ -19,7 +19,6 @@ from glare.crops import PackedImages, cut, subset
 from glare.features import encode
 from glare.geometry import Crop
 from glare.health import feature_std, mean_cosine, rankme
-from glare.runtime import epoch_batches
 from glare.student import without_adapters
 from glare.views import Normalisation
 
@@ -80,13 +79,13 @@ def _without_compiling(backbone: PreTrainedModel) -> Iterator[None]:
         yield
 
 
-def check_views(images: PackedImages, *, batch_size: int, size: int, seed: int, normalise: Normalisation) -> Tensor:
-    """The first images of a run's order, the largest square in the middle of each: (1, n, 3, size, size).
+def check_views(images: PackedImages, *, batch_size: int, size: int, normalise: Normalisation) -> Tensor:
+    """The first of ``images``, the largest square in the middle of each: (1, n, 3, size, size).
 
     Twice ``batch_size`` images, that of all processes, but 8 to 32: the same however a batch is shared out.
     """
     count = min(max(2 * batch_size, IMAGES[0]), IMAGES[1], len(images))
-    few = subset(images, next(epoch_batches(len(images), count, seed=seed)))
+    few = subset(images, torch.arange(count))
     return normalise(cut(few, torch.arange(count), centre_crops(few), size=(size, size))).unsqueeze(0)
 
 

@@ -1,32 +1,24 @@
-"""Segment whole images of any size, and ``glare predict``.
+"""``glare predict``: segment images of any size; and what a segmentation model has to be."""
 
-An image is padded on the right and at the bottom to a multiple of the patch, and its logits are cut back; one that
-is too large for a single pass is covered by overlapping windows, whose logits are averaged.
-"""
-
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForSemanticSegmentation, PreTrainedModel
 
 from glare import recipes
-from glare.backbones import read_config, read_normalisation
+from glare.backbones import check_size, read_config, read_normalisation
 from glare.configuration_glare import GlareConfig
 from glare.data.geotiff import Raster
 from glare.data.labelled import MAX_CLASSES, distinct_colours
 from glare.data.raster_windows import WHOLE, RasterReading
 from glare.data.sources import BadImage, open_source
+from glare.dense_inference import Sweep, asked, segment, sweep_for, sweep_of
 from glare.errors import UserError
 from glare.figures import annotated
 from glare.model_names import explained, place_of
@@ -36,47 +28,8 @@ from glare.run_folder import RunFolder, atomic_write_png
 from glare.runtime import DEVICES, PRECISIONS, make_accelerator
 from glare.views import Normalisation
 
-WHOLE_LIMIT_PX = 1536  # longer side up to which an image is segmented in one pass
-WINDOW_PX = 1024  # side of the windows of larger images
-WINDOW_BATCH = 4
 ENDINGS = (".png", "_overlay.png")  # of the label map and of the picture for people
 LONGEST_STEM = 200  # bytes: a file name has 255 at most, with a number, an ending and, while it is written, a mark
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """How large images are covered.
-
-    ``window``: side in px; None segments images of up to 1536 px in one pass and takes 1024 px above.
-    ``stride``: distance of windows in px, two thirds of the window where None.
-    """
-
-    window: int | None = None
-    stride: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"window is {self.window}; give a side in px of at least 1")
-        if self.stride is not None and not 1 <= self.stride <= (self.window or WINDOW_PX):
-            raise ValueError(
-                f"stride is {self.stride}; give 1 to {self.window or WINDOW_PX}, so that windows leave no gap"
-            )
-
-    def windows(self, size: tuple[int, int]) -> list[tuple[slice, slice]]:
-        """Windows of equal size that cover an image of ``size`` (height, width); one for the whole if it fits."""
-        if max(size) <= (self.window or WHOLE_LIMIT_PX):
-            return [(slice(0, size[0]), slice(0, size[1]))]
-        side = self.window or WINDOW_PX
-        stride = self.stride or max(1, side * 2 // 3)
-        return list(product(_spans(size[0], side, stride), _spans(size[1], side, stride)))
-
-
-def _spans(length: int, side: int, stride: int) -> list[slice]:
-    """Spans of one axis, the last one moved back inside."""
-    side = min(side, length)
-    steps = math.ceil((length - side) / stride)
-    starts = (min(i * stride, length - side) for i in range(steps + 1))
-    return [slice(start, start + side) for start in starts]
 
 
 @dataclass(frozen=True)
@@ -88,13 +41,16 @@ class PredictRecipe:
     images: tuple[str, ...] = required("images, or folders of them", positional=True)
     window: int | None = option(None, "side in px of sliding windows; by default only above 1536 px, of 1024 px")
     stride: int | None = option(None, "distance of sliding windows in px; two thirds of the window by default")
+    test_scale: tuple[int, int] | None = option(None, "bring images to fit these two sides in px first, as 2048,512")
+    ratios: tuple[float, ...] = option((1.0,), "factors on the images' size, as 0.5,1,1.5; the mean of the softmax")
+    flip: bool = option(False, "the mean with the mirror images, too")
     strict: bool = option(False, "stop at the first unreadable image instead of skipping it")
     device: str = option("auto", "where to run", choices=DEVICES)
     precision: str = option("auto", "auto: bf16 where the processor has it", choices=PRECISIONS)
     raster: RasterReading = option(RasterReading(), "GeoTIFFs")
 
     def __post_init__(self) -> None:
-        Tiling(self.window, self.stride)
+        asked(self)
         if self.raster.tile is not None:
             raise ValueError(f"raster.tile is {self.raster.tile}, but windows are those of --window here; give that")
 
@@ -115,7 +71,7 @@ def predict(recipe: PredictRecipe) -> list[tuple[str, str]]:
     sources = [open_source(images, raster=whole) for images in recipe.images]
     accelerator = make_accelerator(device=recipe.device, precision=recipe.precision, report_to="none", output=Path())
     model, normalise = load_segmenter(recipe.model, device=accelerator.device)
-    tiling = Tiling(recipe.window, recipe.stride)
+    sweep = sweep_for(model, recipe)
     taken: set[str] = set()
     skipped: list[tuple[str, str]] = []
     total = sum(map(len, sources))
@@ -125,7 +81,7 @@ def predict(recipe: PredictRecipe) -> list[tuple[str, str]]:
                 recipe.output.mkdir(parents=True, exist_ok=True)
                 with accelerator.autocast():
                     stem = recipe.output / free_stem(source.name(index), taken)
-                    write_raster_prediction(stem, raster, model=model, normalise=normalise, tiling=tiling)
+                    write_raster_prediction(stem, raster, model=model, normalise=normalise, sweep=sweep)
                 continue
             image = source.read(index)
         except BadImage as bad:
@@ -135,7 +91,7 @@ def predict(recipe: PredictRecipe) -> list[tuple[str, str]]:
             continue
         recipe.output.mkdir(parents=True, exist_ok=True)
         with accelerator.autocast():
-            label = segment(model, [image], normalise=normalise, tiling=tiling)[0]
+            label = segment(model, [image], normalise=normalise, sweep=sweep)[0]
         write_prediction(recipe.output, free_stem(source.name(index), taken), image, label, model=model)
     if len(skipped) == total:
         raise UserError(f"none of the {total} images can be read; {skipped[0][0]}, for example: {skipped[0][1]}")
@@ -175,13 +131,17 @@ def write_prediction(
 
 
 def write_raster_prediction(
-    stem: Path, raster: Raster, *, model: PreTrainedModel, normalise: Normalisation, tiling: Tiling
+    stem: Path, raster: Raster, *, model: PreTrainedModel, normalise: Normalisation, sweep: Sweep
 ) -> None:
-    """Segment a raster by windows into ``<stem>.tif`` and ``<stem>_overlay.png``; BadImage if it cannot be read."""
+    """Segment a raster by windows into ``<stem>.tif`` and ``<stem>_overlay.png``; BadImage if it cannot be read.
+
+    At its native size: a test scale is one of whole pictures.
+    """
+    native = replace(sweep, test_scale=None)
     predict_raster(
         raster,
-        tiling.windows((raster.height, raster.width)),
-        lambda window: segment(model, [window], normalise=normalise, tiling=tiling)[0],
+        native.windows((raster.height, raster.width)),
+        lambda window: segment(model, [window], normalise=normalise, sweep=native)[0],
         files=(stem.with_name(f"{stem.name}.tif"), stem.with_name(f"{stem.name}{ENDINGS[1]}")),
         classes=class_names(model),
         colours=palette(model),
@@ -197,7 +157,8 @@ def load_segmenter(name: str, *, device: torch.device) -> tuple[PreTrainedModel,
     place = place_of(name)
     hint = "give a run folder of glare finetune, its model folder, or the Hub id of such a model"
     with explained("model", name, hint):
-        read_config(place)
+        asked = read_config(place)
+        check_size(lambda: AutoModelForSemanticSegmentation.from_config(asked, trust_remote_code=False))
         model = AutoModelForSemanticSegmentation.from_pretrained(place.name, dtype=torch.float32, **place.safe_options)
     config, named = model.config, model.config.architectures
     built = str(named[0]) if isinstance(named, list) and named else type(model).__name__
@@ -208,12 +169,15 @@ def load_segmenter(name: str, *, device: torch.device) -> tuple[PreTrainedModel,
     if "Segmentation" not in built:
         raise UserError(f"model {name!r} is a {built} without segmentation head; run glare finetune on it first")
     with explained("model", name, "give a model whose config.json is as glare finetune has written it"):
-        _check_classes(model)
+        _check_config(model)
+    if config.model_type == "upernet":
+        model.auxiliary_head = None  # has a part in training alone, and would be computed
     return model.to(device).eval(), read_normalisation(name)
 
 
-def _check_classes(model: PreTrainedModel) -> None:
-    """ValueError unless names and colours of the classes are such that label maps can be written."""
+def _check_config(model: PreTrainedModel) -> None:
+    """ValueError unless names and colours of the classes are such that label maps can be written, and how is known."""
+    sweep_of(model)
     names, colours = class_names(model), np.asarray(palette(model))
     if not all(isinstance(name, str) for name in names) or not 0 < len(names) <= MAX_CLASSES:
         raise ValueError(f"id2label has not 1 to {MAX_CLASSES} names")
@@ -230,73 +194,3 @@ def palette(model: PreTrainedModel) -> NDArray[np.uint8]:
     """Colours (classes, 3) of the model's classes: those of the data it was fine-tuned on, where it knows them."""
     colours = getattr(model.config, "palette", None)
     return distinct_colours(model.config.num_labels) if colours is None else np.array(colours, dtype=np.uint8)
-
-
-def patch_size(model: PreTrainedModel) -> int:
-    """Side of a patch in px; images are padded to a multiple of it."""
-    config: Any = model.config
-    return int((config if isinstance(config, GlareConfig) else config.backbone_config).patch_size)
-
-
-DEFAULT_TILING = Tiling()
-
-
-@torch.inference_mode()
-def logits(
-    model: PreTrainedModel, pixels: Tensor, *, normalise: Normalisation, tiling: Tiling = DEFAULT_TILING
-) -> Tensor:
-    """Class logits of images of one size.
-
-    Args:
-        model: a segmentation model in evaluation mode.
-        pixels: (n, height, width, 3) uint8.
-        normalise: of the model's input.
-        tiling: how large images are covered.
-
-    Returns:
-        (n, classes, height, width) float32 on the model's device.
-    """
-    images, *size = pixels.shape[:3]
-    windows = tiling.windows((size[0], size[1]))
-    if len(windows) == 1:
-        return _whole(model, pixels, normalise)
-    total = torch.zeros((images, model.config.num_labels, *size), device=model.device)
-    covered = torch.zeros(tuple(size), device=model.device)
-    for image, chunk in product(range(images), _chunks(windows)):
-        found = _whole(model, torch.stack([pixels[image][window] for window in chunk]), normalise)
-        for window, part in zip(chunk, found, strict=True):
-            total[image, :, *window] += part
-    for window in windows:
-        covered[window] += 1
-    return total.div_(covered)
-
-
-def _chunks(windows: Sequence[tuple[slice, slice]]) -> Iterator[Sequence[tuple[slice, slice]]]:
-    return (windows[first : first + WINDOW_BATCH] for first in range(0, len(windows), WINDOW_BATCH))
-
-
-def _whole(model: PreTrainedModel, pixels: Tensor, normalise: Normalisation) -> Tensor:
-    """Logits (n, classes, height, width) of images (n, height, width, 3) in one pass."""
-    height, width = pixels.shape[1:3]
-    patch = patch_size(model)
-    images = normalise(pixels.to(model.device).permute(0, 3, 1, 2).float().div(255))
-    images = F.pad(images, (0, -width % patch, 0, -height % patch))
-    coarse = model(pixel_values=images).logits.float()
-    fine = F.interpolate(coarse, size=images.shape[-2:], mode="bilinear", align_corners=False)
-    return fine[..., :height, :width]
-
-
-def segment(
-    model: PreTrainedModel,
-    images: Sequence[Image.Image],
-    *,
-    normalise: Normalisation,
-    tiling: Tiling = DEFAULT_TILING,
-) -> list[NDArray[np.uint8]]:
-    """Class index (height, width) of every pixel of RGB images of any sizes."""
-    labels = []
-    for image in images:
-        pixels = torch.from_numpy(np.array(image, dtype=np.uint8)).unsqueeze(0)
-        found = logits(model, pixels, normalise=normalise, tiling=tiling).max(dim=1).indices[0]
-        labels.append(found.to(torch.uint8).cpu().numpy())
-    return labels

@@ -122,6 +122,7 @@ def draw(
         torch.arange(count),
         recipe.views,
         accelerator,
+        batch_size=count,
         seed=recipe.seed,
         step=0,
         patch_size=model.patch_size,

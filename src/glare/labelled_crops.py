@@ -3,8 +3,10 @@
 The recipe is mmsegmentation's: random scale, a random crop in which no class dominates, a horizontal flip and
 photometric distortion. Departures from it:
 
-* scale, crop and flip are one Crop, cut from the source in one go; the source is not resized first;
-* the share of classes is counted on a grid of 64 x 64 points of the candidate crops, all ten drawn at once.
+* scale, crop and flip are one Crop, cut from the source in one go, antialiased bicubic;
+* the scale is relative to the native size where no base scale is given;
+* the share of classes is counted on a grid of 64 x 64 points of the candidate crops, all of them drawn at once;
+* values are not rounded to 8 bits between the distortions.
 """
 
 from dataclasses import dataclass, replace
@@ -15,11 +17,11 @@ from torch import Tensor
 from glare.crops import cut, cut_labels, fits, subset
 from glare.data.labelled import PackedLabelled
 from glare.draws import Draws
-from glare.geometry import Crop, patch_centres
+from glare.geometry import Crop, factor_to_fit, patch_centres
 from glare.photometric import adjust_brightness, shift_hue
 from glare.views import Normalisation
 
-ATTEMPTS = 10  # crops drawn an image, of which the first without a dominant class is taken
+ATTEMPTS = 11  # crops drawn an image: ten are looked at, the last one is taken unseen
 PROBE = (64, 64)
 DELTA = 32 / 255  # of brightness, either way
 RANGE = (0.5, 1.5)  # of contrast, here a factor on all values, and of saturation
@@ -35,12 +37,14 @@ class TrainingCrops:
     scale: lowest and highest factor on the images' size, drawn uniformly.
     dominant_share: crops in which one class has this share of the labelled points or more are drawn anew.
     normalise: of the model's input.
+    base_scale: two sides in px; the size that ``scale`` acts on is the largest that fits them. None is the native size.
     """
 
     size: int
     scale: tuple[float, float]
     dominant_share: float
     normalise: Normalisation
+    base_scale: tuple[int, int] | None = None
 
 
 def to_device(packed: PackedLabelled, device: torch.device) -> PackedLabelled:
@@ -69,7 +73,8 @@ def training_batch(
         labels = _labels_of(packed, index).to(device)
         images, index = subset(images, index).to(device), torch.arange(len(index))
     size, count = (crops.size, crops.size), len(index)
-    candidates = random_crops(images.size.cpu()[index], size=crops.size, scale=crops.scale, draws=draws)
+    size_px = scaled_sizes(images.size.cpu()[index], crops.base_scale)
+    candidates = random_crops(size_px, size=crops.size, scale=crops.scale, draws=draws)
     probe = cut_labels(labels, images, index.repeat_interleave(ATTEMPTS), candidates.flatten(), size=PROBE)
     chosen = first_balanced(probe.view(count, ATTEMPTS, -1), crops.dominant_share).cpu()
     crop = Crop(candidates.offset[torch.arange(count), chosen], candidates.scale[torch.arange(count), chosen])
@@ -84,12 +89,18 @@ def _labels_of(packed: PackedLabelled, index: Tensor) -> Tensor:
     return torch.cat([packed.labels[start : start + count] for start, count in zip(first, area, strict=True)])
 
 
-def random_crops(size_px: Tensor, *, size: int, scale: tuple[float, float], draws: Draws) -> Crop:
-    """Ten candidate crops (n, 10, 2) an image of one scale and flip, on the CPU.
+def scaled_sizes(size_px: Tensor, base_scale: tuple[int, int] | None) -> Tensor:
+    """Sizes (n, 2) of images after they were brought to the base scale, not rounded: float64 px."""
+    size_px = size_px.double()
+    return size_px if base_scale is None else size_px * factor_to_fit(size_px, base_scale).unsqueeze(-1)
 
-    ``size_px`` (n, 2) int64, (width, height). A crop larger than the scaled image has it in its upper left corner.
+
+def random_crops(size_px: Tensor, *, size: int, scale: tuple[float, float], draws: Draws) -> Crop:
+    """Eleven candidate crops (n, 11, 2) an image of one scale and flip, on the CPU.
+
+    ``size_px`` (n, 2), (width, height). A crop larger than the scaled image has it in its upper left corner.
     """
-    size_px = size_px.cpu().double()
+    size_px = size_px.double()
 
     def uniform(*shape: int) -> Tensor:
         return draws.rand(*shape, dtype=torch.float64)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from glare import licences
+from glare.data.catalog import named
 from glare.json_files import read_json
 from glare.licences import Licence
 from glare.model_names import EMBEDDED, is_repo_id
@@ -28,7 +29,7 @@ LookUp = Callable[[str, str], Mapping[str, Any] | None]
 
 SETTINGS = {
     "backbone": {
-        "Objective": "{objective}, terms {glare.terms}",
+        "Objective": "{learned}",
         "Trained": "{adapter} (rank {rank}, scale {scale}, place {adapter_place})",
         "Steps": "{steps} of {batch_size} images",
         "Learning rate": "{learning_rate}, {warmup_steps} steps of warm-up, cosine to {min_learning_rate}",
@@ -90,6 +91,9 @@ def stages_of(run: Path | None) -> list[Stage]:
 def _settings(job: str, recipe: Mapping[str, Any], run: Path) -> dict[str, str]:
     """The settings of a stage for the card; those with a key that the recipe does not have are left out."""
     values = {key: written(value).replace(",", ", ") for key, value in flatten(recipe).items() if value is not None}
+    if "objective" in values:
+        terms = values.get(f"{values['objective']}.terms")
+        values["learned"] = values["objective"] + (f", terms {terms}" if terms else "")
     shown = {}
     for title, text in SETTINGS[job].items():
         filled = _filled(text, values)
@@ -123,6 +127,9 @@ def origin_of(kind: str, name: str, look_up: LookUp = offline) -> Origin:
     if name == EMBEDDED or name.partition(":")[0] == "landcover":
         what = "the small ViT inside glare-ssl" if name == EMBEDDED else "scenes that glare-ssl draws"
         return Origin(f"{name} ({what})", None, licences.OURS)
+    if kind == "dataset" and (wanted := named(name)) is not None:
+        entry = wanted.entry
+        return Origin(entry.title, entry.hub.id if entry.hub and not wanted.place else None, entry.licence)
     if name.endswith(".json"):
         return Origin("random weights", None, licences.OURS)
     if looks_like_hub_id(name):
@@ -141,7 +148,13 @@ def looks_like_hub_id(name: str) -> bool:
 
 
 def public_name(path: str) -> str:
-    """What to call something on this machine: the name of its folder, without the folders above."""
+    """What to call something on this machine: the name of its folder, without the folders above.
+
+    A data set of the catalog, wherever it lies, has its own name.
+    """
+    wanted = named(path)
+    if wanted is not None:
+        return wanted.entry.title
     parts = [part for part in Path(path).parts if part.strip("/\\.~")]
     while len(parts) > 1 and parts[-1] in LAYOUT_FOLDERS:
         parts.pop()

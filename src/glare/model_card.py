@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_res
 
 from glare import licences
 from glare.comparison_words import verdicts_in
+from glare.dense_inference import Sweep, read_sweep
 from glare.errors import UserError, first_line, redacted
 from glare.json_files import read_json
 from glare.licences import Licence
@@ -68,6 +70,7 @@ class Evaluation:
     split: str | None
     match: str | None
     seed: int | None
+    sweep: Sweep
 
     @property
     def described(self) -> str:
@@ -75,7 +78,7 @@ class Evaluation:
         part = f", split {self.split}" if self.split else ""
         part += f", files {self.match}" if self.match else ""
         seed = "" if self.seed is None else f"; the training had seed {self.seed}"
-        return f"On {self.num_images} images of {escape(self.data + part)}, at their native size{seed}."
+        return f"On {self.num_images} images of {escape(self.data + part)}, {self.sweep.described}{seed}."
 
 
 @dataclass(frozen=True)
@@ -155,7 +158,7 @@ def _evaluation(publication: Publication, own: str | None, said: Said) -> Evalua
         return None
     values = read_json(file)
     data = str(values.get("data"))
-    name = public_name(data) if "/" in data and not looks_like_hub_id(data) else data
+    name = data if looks_like_hub_id(data) else public_name(data)
     try:
         return Evaluation(
             scores={key: _score(values[key]) for key in SCORES},
@@ -165,6 +168,7 @@ def _evaluation(publication: Publication, own: str | None, said: Said) -> Evalua
             split=_text(values.get("split")),
             match=_text(values.get("match")),
             seed=values.get("seed"),
+            sweep=read_sweep(values.get("inference", {})),
         )
     except KeyError as error:
         raise UserError(f"{file} has no {error}; write it again with `glare evaluate --json`") from None
@@ -197,6 +201,12 @@ def card(facts: Facts) -> str:
 
 
 def _rendered(facts: Facts) -> str:
+    text = _template().render(**_context(facts))
+    return f"---\n{metadata(facts).to_yaml()}\n---\n\n" + re.sub(r"\n{3,}", "\n\n", text)
+
+
+@cache
+def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(ASSETS),
         trim_blocks=True,
@@ -205,8 +215,7 @@ def _rendered(facts: Facts) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {"percent": percent, "escape_markdown": escape, "licence": _licence_text}
-    text = environment.get_template("model_card.md").render(**_context(facts))
-    return f"---\n{metadata(facts).to_yaml()}\n---\n\n" + re.sub(r"\n{3,}", "\n\n", text)
+    return environment.get_template("model_card.md")
 
 
 def _context(facts: Facts) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import can_return_tuple
 
 from .configuration_glare import GlareConfig
-from .segmentation_heads import HEADS, Classifier
+from .segmentation_heads import HEADS, Classifier, RescalingPyramid
 from .uniadapter import vit_blocks
 
 __all__ = [
@@ -224,7 +224,8 @@ class GlareModel(GlarePreTrainedModel):
 class GlareBackbone(BackboneMixin, GlareModel):
     """GlareModel as the backbone of UperNet and other dense models of transformers.
 
-    The feature maps are the outputs of the blocks in `config.out_features`, before the final norm.
+    The feature maps are the outputs of the blocks in `config.out_features`, before the final norm, of the grid of
+    patches or, with `config.backbone_pyramid`, of 4, 2, 1 and 1/2 times that.
     """
 
     _auto_class = "AutoBackbone"
@@ -232,26 +233,29 @@ class GlareBackbone(BackboneMixin, GlareModel):
     def __init__(self, config: GlareConfig) -> None:
         super().__init__(config)
         self.num_features = [config.hidden_size] * config.num_hidden_layers
+        self.pyramid: RescalingPyramid | None = None
+        if config.backbone_pyramid:
+            self.pyramid = RescalingPyramid(config.hidden_size, len(config.out_indices))
+            self.post_init()
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self, pixel_values: torch.Tensor, output_hidden_states: bool | None = None, **kwargs: Any
     ) -> BackboneOutput:
-        """Map images (b, 3, height, width) to feature maps (b, d, height / patch, width / patch)."""
+        """Map images (b, 3, height, width) to feature maps (b, d, rows, columns)."""
         outputs = GlareModel.forward(self, pixel_values, output_hidden_states=True, **kwargs)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
+        maps = [self.patch_maps(outputs.hidden_states[block + 1], pixel_values) for block in self.out_indices]
         return BackboneOutput(
-            feature_maps=tuple(
-                self.patch_maps(outputs.hidden_states[block + 1], pixel_values) for block in self.out_indices
-            ),
+            feature_maps=tuple(maps if self.pyramid is None else self.pyramid(maps)),
             hidden_states=outputs.hidden_states if output_hidden_states else None,
             attentions=outputs.attentions,
         )
 
 
 class GlareForSemanticSegmentation(GlarePreTrainedModel):
-    """GlareModel with a segmentation head, linear or semantic FPN."""
+    """GlareModel with a segmentation head: linear, linear to pixels or semantic FPN."""
 
     _auto_class = "AutoModelForSemanticSegmentation"
 
@@ -288,17 +292,18 @@ class GlareForSemanticSegmentation(GlarePreTrainedModel):
     ) -> SemanticSegmenterOutput:
         """Segment images (b, 3, height, width).
 
-        `logits` are (b, classes, rows, columns) on the grid of patches, four times finer with the pyramid.
+        `logits` are (b, classes, rows, columns) on the grid of patches, four times finer with the pyramid, and as fine
+        as the images with the head "pixel".
         With `labels` (b, height, width) of class numbers, `loss` is the cross-entropy of the logits upsampled
         to them, averaged over the labels other than `config.ignore_index`, and 0 if there are none.
         """
-        linear = self.config.head == "linear"
+        final = self.config.head != "fpn"
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        outputs = self.glare(pixel_values, output_hidden_states=output_hidden_states or not linear, **kwargs)
+        outputs = self.glare(pixel_values, output_hidden_states=output_hidden_states or not final, **kwargs)
         taps = (
             [outputs.last_hidden_state]
-            if linear
+            if final
             else [outputs.hidden_states[block + 1] for block in self.config.out_indices]
         )
         logits = self.head([self.glare.patch_maps(tokens, pixel_values) for tokens in taps])

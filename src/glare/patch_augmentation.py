@@ -17,6 +17,7 @@ from glare.photometric import gaussian_blur
 
 BLOCK_ATTEMPTS = 10  # of BEiT's block masking, as in iBOT
 BLOCK_ASPECT = 0.3
+ROUNDING = 1e-3  # of a float32 share of some thousand squares: 0.6 of 5 is 3
 RANDOM = ("noise", "rotation")  # what is done to a patch is drawn, too
 NOISE_STD = 1.0  # in units of the normalised image
 
@@ -36,6 +37,21 @@ def sample_patch_mask(draws: Draws, grid: Grid, *, prob: float, ratio: tuple[flo
         return torch.stack([_block_mask(count, grid, generator) for count, generator in chosen])
     rank = draws.rand(patches).argsort(dim=1).argsort(dim=1)
     return rank < wanted.unsqueeze(1)
+
+
+def sample_square_mask(draws: Draws, grid: Grid, *, prob: float, ratio: tuple[float, float], side: int) -> Tensor:
+    """As ``sample_patch_mask``, in squares of ``side`` x ``side`` patches: ``ceil(r * squares)`` of them (SimMIM).
+
+    Squares that stick out of the grid on the right and below are cut off.
+    """
+    rows, columns = (-(-length // side) for length in grid)
+    active = draws.rand() < prob
+    share = draws.rand() * (ratio[1] - ratio[0]) + ratio[0]
+    wanted = torch.where(active, (share * rows * columns - ROUNDING).ceil().long(), 0)
+    rank = draws.rand(rows * columns).argsort(dim=1).argsort(dim=1)
+    chosen = (rank < wanted.unsqueeze(1)).view(-1, rows, columns)
+    patches = chosen.repeat_interleave(side, dim=1).repeat_interleave(side, dim=2)
+    return patches[:, : grid[0], : grid[1]].flatten(1)
 
 
 def _block_mask(wanted: int, grid: Grid, generator: torch.Generator) -> Tensor:

@@ -16,6 +16,7 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from glare.data.opening import open_picture
 from glare.draws import Draws
 from glare.geometry import Crop, random_resized_crops
 from glare.patch_augmentation import augment_patches, sample_patch_mask
@@ -71,7 +72,7 @@ class ImageViews(Dataset[LoadedViews]):
     def __getitem__(self, visit: Visit) -> LoadedViews:
         number, index = visit
         config, generator = self.config, seeded(self.seed, number)
-        with Image.open(self.paths[index]) as file:
+        with open_picture(self.paths[index]) as file:
             image = file.convert("RGB")
         global_, global_crops = self._views(
             image, range(NUM_GLOBAL), area=config.global_area, side=config.global_size, generator=generator

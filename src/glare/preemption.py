@@ -1,7 +1,8 @@
 """Signals that end a training: the step is finished, a checkpoint written, the exit code is 128 + the signal.
 
 Schedulers send SIGTERM or SIGUSR1 before they kill, Ctrl-C is SIGINT. Outside the loop a run ends at once, since
-nothing is lost; in it, after the step, on all processes the same one. A second signal ends it at once.
+nothing is lost; in it, after the step, on all processes the same one. A second signal ends it at once, or, within one
+long operation, when that returns to Python; equal signals that come within it are one.
 """
 
 import functools

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,49 +12,54 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm import tqdm
 
-from glare import checkpoints, head_start, recipes, region_attention
+from glare import checkpoints, ranges, recipes, region_attention
+from glare.agreement import check_agreement
 from glare.backbones import ADAPTERS, adapt, load_backbone, read_normalisation
-from glare.crops import PackedImages, fits, subset
-from glare.data.cache import pack
-from glare.data.sources import RasterReading, open_source
+from glare.data.sources import Images, RasterReading
 from glare.disk_space import room_for
-from glare.draws import Draws
 from glare.errors import UserError
+from glare.feed import open_feed, open_images
 from glare.figures import write_report
-from glare.health_watch import MAY_DIFFER_ON_RESUME, HealthWatch
+from glare.head_start import fit_head
+from glare.health_watch import MAY_DIFFER_ON_RESUME, HealthWatch, check_patience
 from glare.model_card import write_card
+from glare.model_sizes import oversize
 from glare.modeling_glare import GlareModel
+from glare.objectives.base import Objective
 from glare.objectives.glare import GlareObjective, GlareSettings
+from glare.objectives.simmim import SimMIMObjective
 from glare.preemption import Signals, stoppable
 from glare.pretrain_log import describe, measurements, progress_text
-from glare.pretrain_plan import Plan, derive_model, derive_optimisation, derive_steps, overlay
+from glare.pretrain_plan import Plan, check_sizes, derive_model, derive_optimisation, derive_steps, overlay
 from glare.pretrain_step import cut_views, train_step
 from glare.price import Meter, trained_parameters
 from glare.recipes import option, required
+from glare.resuming import frozen_digest
 from glare.run_folder import RunFolder
+from glare.run_lock import released
 from glare.runtime import (
     DEVICES,
     PRECISIONS,
     TRACKERS,
     Clock,
-    epoch_batches,
+    check_weights,
     make_accelerator,
     restore_scaler,
     scaler_state,
-    seeded,
 )
 from glare.segmenters import image_processor
-from glare.sharding import shard_blocks
-from glare.shares import check_shares
+from glare.sharding import check_precision, shard_blocks
+from glare.shares import check_shares, same_everywhere
 from glare.student import Student
 from glare.teacher import make_teacher
 from glare.train_state import TrainState, make_optimizer
-from glare.views import Normalisation, ViewConfig, make_views
+from glare.views import Normalisation, ViewConfig
 from glare.yaml_files import flatten
 
-OBJECTIVES = {"glare": GlareObjective}
-"""Objective -> its module; its settings are the recipe key of the same name."""
+OBJECTIVES: dict[str, type[Objective]] = {"glare": GlareObjective, "simmim": SimMIMObjective}
+"""Objective -> its module; its settings, if it has any, are the recipe key of the same name."""
 
+LARGE = 10**6  # batches in a pass over a table that nobody has counted
 ANCHORED = ("uniadapter", "lora")  # adapters that leave the features without them at hand
 
 
@@ -62,7 +68,7 @@ class PretrainRecipe:
     """Adapt a self-supervised ViT to unlabelled images."""
 
     backbone: str = required("folder or Hub id of a ViT, 'landcover-vit', or a config.json for random weights")
-    data: str = required("folder of images, Hub id, parquet or tar shards, or landcover:<domain>[:count[:seed]]")
+    data: str = required("folder, Hub id, parquet or tar shards, landcover:<domain>[:count[:seed]], loveda:FOLDER")
     output: Path = required("run folder to write")
     match: str | None = option(None, "globs on file stems, comma-separated, ! excludes")
     objective: str = option("glare", "what is learned", choices=tuple(OBJECTIVES))
@@ -80,7 +86,7 @@ class PretrainRecipe:
     min_learning_rate: float = option(1e-6, "at the end of the cosine")
     warmup_steps: int | None = option(None, "linear warm-up; derived where not given")
     weight_decay: float = option(0.1, "of matrices; biases and norms have none")
-    clip: float = option(3.0, "largest gradient norm of each parameter")
+    clip: float = option(3.0, "largest gradient norm of each parameter; 0 for no clipping")
     freeze_last_layer_steps: int | None = option(None, "steps in which prototypes hold; an epoch, at most a tenth")
     head_warmup_steps: int = option(0, "steps in which only the objective's heads learn")
     anchor: float = option(0.0, "weight of a term that holds patches near their features without adapters")
@@ -92,6 +98,10 @@ class PretrainRecipe:
     image_size: int | None = option(
         None,
         "images are kept with at most this short side in px, 0 for native; twice the global views where not given",
+    )
+    streaming: bool | None = option(
+        None,
+        "read images anew for each step, true or false; by default only if decoded they fit neither memory nor disk",
     )
     strict: bool = option(False, "stop at the first unreadable image instead of skipping it")
     seed: int = option(0, "of all draws")
@@ -120,9 +130,7 @@ class PretrainRecipe:
     glare: GlareSettings = option(GlareSettings(), "objective")
 
     def __post_init__(self) -> None:
-        for name in ("checkpoint_every", "keep_checkpoints", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; give at least 1")
+        ranges.check(self)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -131,6 +139,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 @room_for("the files of the run")
+@released()
 @stoppable
 def run(signals: Signals, given: Mapping[str, Any]) -> Path:
     """Adapt; ``given`` are the recipe keys the user set, the others are derived from the data or the paper's.
@@ -143,44 +152,47 @@ def run(signals: Signals, given: Mapping[str, Any]) -> Path:
     accelerator = make_accelerator(
         device=recipe.device, precision=recipe.precision, report_to=recipe.report_to, output=recipe.output
     )
+    if recipe.shard:
+        check_precision(accelerator)
     meter = Meter(accelerator)
 
     # data, model, and the settings that depend on them
+    torch.manual_seed(recipe.seed)  # of a config.json the weights are drawn
     model, normalise = load_backbone(recipe.backbone), read_normalisation(recipe.backbone)
-    source = open_source(recipe.data, match=recipe.match, raster=recipe.raster)
-    recipe, derived = resolve(given, num_images=len(source), patch_size=model.patch_size, accelerator=accelerator)
-    plan = Plan.of(recipe)
-    packed = pack(
-        source,
-        short_side=recipe.image_size or None,
-        strict=recipe.strict,
-        workers=recipe.num_workers,
-        progress=accelerator.is_main_process,
-    )
-    accelerator.print(describe(plan, packed, derived))
+    source = open_images(recipe.data, match=recipe.match, streaming=recipe.streaming, raster=recipe.raster)
+    num_images = len(source) if isinstance(source, Images) else None
+    recipe, derived = resolve(given, num_images=num_images, patch_size=model.patch_size, accelerator=accelerator)
+    plan, feed = Plan.of(recipe), open_feed(source, recipe, accelerator)
+    check_agreement(accelerator, recipe, feed.names)
+    accelerator.print(describe(plan, feed, derived))
 
     # student, teacher, optimizer
     torch.manual_seed(recipe.seed)
     model = adapt(model, recipe.adapter, rank=recipe.rank, scale=recipe.scale, place=recipe.adapter_place)
     student = make_student(model, recipe).to(accelerator.device)
+    frozen = frozen_digest(student.backbone)
     if isinstance(student.objective, GlareObjective):
         started = region_attention.start(student.objective.cross_attention, recipe.backbone)
         if started:
             accelerator.print(started)
     resuming = recipe.resume and checkpoints.folders(recipe.output)
-    if recipe.glare.head_init == "data" and not resuming:  # a checkpoint has all that this would change
-        fit_head(student, packed.images, recipe, accelerator, patch_size=model.patch_size, normalise=normalise)
-    teacher = make_teacher(student)
+    if student.objective.head is not None and recipe.glare.head_init == "data" and not resuming:
+        # a checkpoint has all that this would change
+        fit_head(student, feed.sample, recipe, accelerator, patch_size=model.patch_size, normalise=normalise)
+    same_everywhere(student.objective)
+    teacher = make_teacher(student) if student.objective.needs_teacher else student
     if recipe.compile:
         student.compile_blocks()
         teacher.compile_blocks()
-    watch = HealthWatch.of(student, packed.images, recipe, normalise, accelerator)
+    watch = HealthWatch.of(student, feed.sample, recipe, normalise, accelerator)
     wrapped, optimizer = prepare(student, teacher, recipe, accelerator)
     state = TrainState(student, teacher, optimizer)
 
     # run folder, resume
     folder = RunFolder.create(recipe.output, resume=recipe.resume, write=accelerator.is_main_process)
-    checkpoint, changes = folder.begin(recipe, may_differ=MAY_DIFFER_ON_RESUME)
+    checkpoint, changes = folder.begin(
+        recipe, images=feed.names, frozen=frozen, derived=derived, may_differ=MAY_DIFFER_ON_RESUME
+    )
     for change in changes:
         accelerator.print(f"resumed with another recipe: {change}")
     accelerator.init_trackers("")
@@ -189,24 +201,25 @@ def run(signals: Signals, given: Mapping[str, Any]) -> Path:
         state.restore(checkpoint.tensors)
         restore_scaler(accelerator, checkpoint.state.get("scaler"))
         start, meter.earlier = checkpoint.step, checkpoint.state.get("seconds", math.nan)
+    accelerator.wait_for_everyone()  # the main process has brought the log back to the checkpoint
     watch.resume(folder, start)
 
     # the loop
-    fitting = fits(packed.images.pixels.nbytes, accelerator.device)
-    images = packed.images.to(accelerator.device) if fitting else packed.images
-    batches = epoch_batches(len(packed.names), plan.batch_size, seed=recipe.seed, start=start)
+    shares = feed.shares(start)
     clock, done, logged = Clock(), start, start
     bar = tqdm(total=plan.steps, initial=start, desc="pretrain", disable=not accelerator.is_main_process)
     signals.hold(folder.path, bar)
-    for step, batch in zip(range(start, plan.steps), batches, strict=False):
+    for step in range(start, plan.steps):
         if watch.enough:
             break
         with clock.measure("data"):
+            images, index = next(shares)
             views = cut_views(
                 images,
-                batch,
+                index,
                 recipe.views,
                 accelerator,
+                batch_size=plan.batch_size,
                 seed=recipe.seed,
                 step=step,
                 patch_size=model.patch_size,
@@ -214,89 +227,98 @@ def run(signals: Signals, given: Mapping[str, Any]) -> Path:
             )
         for group in optimizer.param_groups:
             group["lr"] = plan.learning_rate_at(step)
-        terms, grad_norms = train_step(state, wrapped, views, plan, accelerator, step=step, clock=clock)
+        with folder.pointing_back():
+            terms, grad_norms = train_step(state, wrapped, views, plan, accelerator, step=step, clock=clock)
         bar.update()
         done, stopping = step + 1, signals.asked(accelerator)
-        saves = done % recipe.checkpoint_every == 0 or done == plan.steps
-        if saves or done % recipe.log_every == 0:
+        if watch.regular(done) or done % recipe.log_every == 0:
             values = measurements(terms, grad_norms, student.objective, plan, step, clock, steps=done - logged)
-            values |= watch.measure(student, done, saves=saves)
+            values |= watch.measure(student, done)
             folder.log(done, **values)
             accelerator.log(values, step=done)
             bar.set_postfix_str(progress_text({**watch.latest, **values}, watch.untouched))
-            trouble = watch.judge({"step": done, **values}, folder, saves=saves)
+            trouble = watch.judge({"step": done, **values}, folder)
             if trouble is not None:
                 bar.close()
                 raise UserError(trouble)
             clock, logged = Clock(), done
-        if (saves or stopping) and watch.healthy:
+        elif step == start:
+            clock, logged = Clock(), done  # a process takes longer for its first step
+        if watch.writes(done, stopping=stopping):
             others, keep = {"seconds": meter.seconds, "scaler": scaler_state(accelerator)}, recipe.keep_checkpoints
-            folder.write_checkpoint(done, state.tensors(), others, keep=keep, protected=watch.protected())
+            with clock.paused(), folder.pointing_back():
+                check_weights(tensors := state.tensors(), done)
+                folder.write_checkpoint(done, tensors, others, keep=keep, protected=watch.protected())
         if stopping:
             break
     bar.close()
+    shares.close()
     signals.release(accelerator)
+    if watch.enough:
+        accelerator.print(f"ended early after step {done}: {watch.enough} (patience {recipe.patience})")
     state.join()
-    accelerator.wait_for_everyone()  # one that leaves while another still writes may keep it from ending
-    accelerator.end_training()
     seconds = meter.seconds
     if accelerator.is_main_process:
-        exported = watch.chosen(done)
-        if exported != done:
-            state.restore(folder.checkpoint(exported).tensors)
-        watch.write(folder, exported=exported, last=done)
+        best = watch.chosen(folder, done)
+        if best is not None:
+            state.restore(best.tensors)
+        watch.write(folder, exported=done if best is None else best.step, last=done)
         save(model, state, recipe, folder, normalise)
-        meter.write(folder, model, seconds=seconds, steps=done, images=len(packed.names))
+        meter.write(folder, model, seconds=seconds, steps=done, images=num_images)
         write_card(folder.path)
+    accelerator.wait_for_everyone()  # one that leaves while another still writes may keep it from ending
+    accelerator.end_training()
     return folder.path
 
 
 def resolve(
-    given: Mapping[str, Any], *, num_images: int, patch_size: int, accelerator: Accelerator
+    given: Mapping[str, Any], *, num_images: int | None, patch_size: int, accelerator: Accelerator
 ) -> tuple[PretrainRecipe, dict[str, Any]]:
-    """The complete recipe, and the keys of it that were derived from the data."""
+    """The complete recipe, and the keys of it that were derived from the data; ``num_images`` None: nobody knows."""
     asked = recipes.from_dict(PretrainRecipe, given)
-    batch_size = asked.batch_size or min(num_images, 8 if accelerator.device.type == "cpu" else 64)
+    if num_images is None and asked.steps is None:
+        raise UserError(f"how many images {asked.data!r} has is not known before it is streamed; give --steps")
+    usual = min(num_images or LARGE, 8 if accelerator.device.type == "cpu" else 64)
+    batch_size = usual if asked.batch_size is None else asked.batch_size
     check_shares(batch_size, accelerator.num_processes, asked.gradient_accumulation_steps)
-    per_epoch = max(1, num_images // batch_size)
-    steps = asked.steps or (asked.epochs * per_epoch if asked.epochs else derive_steps(num_images, batch_size))
-    derived = {
+    count = num_images or LARGE * batch_size
+    per_epoch = max(1, count // batch_size)
+    usual = derive_steps(count, batch_size) if asked.epochs is None else asked.epochs * per_epoch
+    steps = usual if asked.steps is None else asked.steps
+    derived: dict[str, Any] = {
         "batch_size": batch_size,
         "steps": steps,
         "freeze_last_layer_steps": min(per_epoch, steps // 10),
         **derive_optimisation(steps),
         **derive_model(steps, batch_size, patch_size=patch_size, anchored=asked.adapter in ANCHORED),
     }
+    derived = OBJECTIVES[asked.objective].derive(derived)
     known = {key: value for key, value in given.items() if value is not None}
     recipe = recipes.from_dict(PretrainRecipe, overlay(derived, known))
+    OBJECTIVES[recipe.objective].check(recipe)
     if recipe.anchor and recipe.adapter not in ANCHORED:
         raise UserError(
             f"anchor {recipe.anchor} needs the backbone without adapters, which adapter {recipe.adapter!r} changes; "
             "give --adapter uniadapter or lora, or leave anchor out"
         )
-    if recipe.patience is not None and recipe.patience < 1:
-        raise UserError(f"patience is {recipe.patience}; give the number of steps, at least 1, or leave it out")
+    check_patience(recipe)
+    check_sizes(recipe.views, patch_size)
     if recipe.select == "health" and recipe.checkpoint_every >= steps:
         raise UserError(
             f"select health chooses among checkpoints, and with checkpoint_every {recipe.checkpoint_every} a run of "
             f"{steps} steps writes one; give --checkpoint-every {max(1, steps // 6)}"
         )
-    for name, size in (("global_size", recipe.views.global_size), ("local_size", recipe.views.local_size)):
-        if size % patch_size:
-            raise UserError(
-                f"views.{name} {size} is no multiple of the patch size {patch_size}; "
-                f"give {max(1, round(size / patch_size)) * patch_size}"
-            )
     return recipe, {key: value for key, value in flatten(derived).items() if key not in flatten(known)}
 
 
 def make_student(model: GlareModel, recipe: PretrainRecipe) -> Student:
-    """The adapted backbone with a fresh objective."""
-    config = model.config.backbone_config
-    settings = getattr(recipe, recipe.objective)
-    objective = OBJECTIVES[recipe.objective](config.hidden_size, config.num_attention_heads, settings)
+    """The adapted backbone with a fresh objective. Raises UserError where that does not fit into memory."""
+    settings = getattr(recipe, recipe.objective, None)
+    objective = partial(OBJECTIVES[recipe.objective].of, model.config.backbone_config, settings)
+    if reason := oversize(objective):
+        raise UserError(f"the objective's {reason}; give fewer prototypes or a narrower head")
     mask_token = recipe.views.patch_augmentation == "mask"
-    return Student(model.backbone, objective, mask_token=mask_token, anchor=recipe.anchor)
+    return Student(model.backbone, objective(), mask_token=mask_token, anchor=recipe.anchor)
 
 
 def prepare(
@@ -304,32 +326,11 @@ def prepare(
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """The student as its gradients are averaged over processes, and its optimizer."""
     if recipe.shard and accelerator.num_processes > 1:
-        shard_blocks(student.backbone)
-        shard_blocks(teacher.backbone)
+        for part in dict.fromkeys((student, teacher)):
+            shard_blocks(part.backbone)
         return student, accelerator.prepare(make_optimizer(student, recipe.weight_decay))
     wrapped, optimizer = accelerator.prepare(student, make_optimizer(student, recipe.weight_decay))
     return wrapped, optimizer
-
-
-def fit_head(
-    student: Student,
-    images: PackedImages,
-    recipe: PretrainRecipe,
-    accelerator: Accelerator,
-    *,
-    patch_size: int,
-    normalise: Normalisation,
-) -> None:
-    """Fit the fresh head to the run's first images, the same on every process."""
-    count = len(images)
-    index = next(epoch_batches(count, min(count, head_start.IMAGES), seed=recipe.seed))
-    first, draws = subset(images, index).to(accelerator.device), Draws(seeded(recipe.seed, 0), len(index))
-    views = make_views(
-        first, torch.arange(len(index)), recipe.views, patch_size=patch_size, normalise=normalise, draws=draws
-    )
-    with accelerator.autocast():
-        temperature = Plan.of(recipe).temperature_at(0)
-        head_start.start_head(student, views, temperature=temperature, draws=draws)
 
 
 def save(

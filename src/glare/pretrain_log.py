@@ -3,20 +3,18 @@
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from glare.data.cache import Packed, skipped_lines
-from glare.objectives.base import Terms
+from glare.feed import Feed
+from glare.objectives.base import Objective, Terms
 from glare.pretrain_plan import Plan
 from glare.runtime import Clock
 
 
-def describe(plan: Plan, packed: Packed, derived: Mapping[str, Any]) -> str:
+def describe(plan: Plan, feed: Feed, derived: Mapping[str, Any]) -> str:
     """What is about to happen, for the user: the data, what was skipped and what was chosen."""
-    count, pixels = len(packed.names), packed.images.pixels.nbytes
-    lines = [f"{count} images ({pixels / 2**20:.0f} MiB decoded), {len(packed.skipped)} skipped"]
-    lines += skipped_lines(packed.skipped)
-    lines.append(f"{plan.steps} steps of {plan.batch_size} images = {plan.steps * plan.batch_size / count:.1f} passes")
+    passes = f" = {plan.steps * plan.batch_size / len(feed.names):.1f} passes" if feed.names is not None else ""
+    lines = [*feed.about, f"{plan.steps} steps of {plan.batch_size} images{passes}"]
     if derived:
         lines.append("chosen from the data: " + ", ".join(f"{key}={value}" for key, value in derived.items()))
     return "\n".join(lines)
@@ -25,7 +23,7 @@ def describe(plan: Plan, packed: Packed, derived: Mapping[str, Any]) -> str:
 def measurements(
     terms: Terms,
     grad_norms: Mapping[str, Tensor],
-    objective: nn.Module,
+    objective: Objective,
     plan: Plan,
     step: int,
     clock: Clock,
@@ -41,7 +39,7 @@ def measurements(
         **{name.replace("centre_", "centre_norm_"): value.item() for name, value in centres.items()},
         **{name: value.item() for name, value in grad_norms.items()},
         "learning_rate": plan.learning_rate_at(step),
-        "teacher_momentum": plan.momentum_at(step),
+        **({"teacher_momentum": plan.momentum_at(step)} if objective.needs_teacher else {}),
         "images_per_second": steps * plan.batch_size / clock.elapsed,
         "data_wait": clock.share("data"),
     }

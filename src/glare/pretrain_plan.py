@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
+from glare.errors import UserError
 from glare.schedules import cosine, linear, warmup_cosine
+from glare.views import ViewConfig
 
 SMALL_RUN_VISITS = 50_000  # images seen in a run below which the small head and fewer local views are enough
 STEPS = (60, 1000)
@@ -92,6 +94,15 @@ def derive_model(steps: int, batch_size: int, *, patch_size: int, anchored: bool
             derived["anchor"] = 1.0
         derived["teacher_temperature"] = (0.04, 0.04)
     return derived
+
+
+def check_sizes(views: ViewConfig, patch_size: int) -> None:
+    """Raise UserError for views that are not of whole patches."""
+    for name in ("global_size", "local_size"):
+        size = getattr(views, name)
+        if size % patch_size:
+            fitting = max(1, round(size / patch_size)) * patch_size
+            raise UserError(f"views.{name} {size} is no multiple of the patch size {patch_size}; give {fitting}")
 
 
 def overlay(derived: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

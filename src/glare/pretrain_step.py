@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from glare.crops import PackedImages, subset
-from glare.errors import UserError
+from glare.errors import NotFiniteError
 from glare.objectives.base import Terms
 from glare.pretrain_plan import Plan
 from glare.runtime import Clock
@@ -28,18 +28,18 @@ VIEWS, OBJECTIVE = 1, 2
 
 def cut_views(
     images: PackedImages,
-    batch: Tensor,
+    index: Tensor,
     config: ViewConfig,
     accelerator: Accelerator,
     *,
+    batch_size: int,
     seed: int,
     step: int,
     patch_size: int,
     normalise: Normalisation,
 ) -> Views:
-    """This process's share of a batch, cut and augmented on the device."""
-    draws = draws_of(accelerator, len(batch), seed=seed, step=step, purpose=VIEWS)
-    index = batch[draws.share]
+    """This process's share of a batch, the images ``index`` of a pack, cut and augmented on the device."""
+    draws = draws_of(accelerator, batch_size, seed=seed, step=step, purpose=VIEWS)
     if images.pixels.device.type != accelerator.device.type:  # "cuda" is not "cuda:0"
         images, index = subset(images, index).to(accelerator.device), torch.arange(len(index))
     return make_views(images, index, config, patch_size=patch_size, normalise=normalise, draws=draws)
@@ -55,7 +55,7 @@ def train_step(
     step: int,
     clock: Clock,
 ) -> tuple[Terms, dict[str, Tensor]]:
-    """One optimizer step, then the teacher and the centres follow. Raises UserError when the loss is not finite.
+    """One optimizer step, then the teacher and the centres follow. Raises NotFiniteError for the loss.
 
     ``views`` are this process's share. Returns the terms of the whole batch, without gradient, and the gradient norms
     of ``clip_parts``. ``clock`` gets the parts "teacher", "student" (with heads and losses), "backward" and "update".
@@ -91,13 +91,13 @@ def train_step(
 
 
 def check_finite(terms: Terms, plan: Plan, *, step: int) -> None:
-    """Raise UserError for a loss that is not finite; it is that of the batch, so all processes raise it."""
+    """Raise NotFiniteError for the loss; it is that of the batch, so all processes raise it."""
     total = terms.total
     if not torch.isfinite(total):
         broken = ", ".join(name for name, value in terms.losses.items() if not torch.isfinite(value))
-        raise UserError(
+        raise NotFiniteError(
             f"the loss became {total.item()} at step {step + 1} (terms: {broken}); lower learning_rate "
-            f"(now {plan.learning_rate}) or give --precision fp32, and go on from the last checkpoint with --resume"
+            f"(now {plan.learning_rate}) or give --precision fp32"
         )
 
 
@@ -108,13 +108,14 @@ def update(state: TrainState, terms: Terms, plan: Plan, accelerator: Accelerator
     if is_sharded(student):
         average_whole(list(student.parameters()), accelerator)
     grad_norms = clip_parts(student, plan.clip)
-    if step < plan.freeze_last_layer_steps:
+    if student.objective.head is not None and step < plan.freeze_last_layer_steps:
         student.objective.head.last_layer.zero_grad()
     if step < plan.head_warmup_steps:
         student.backbone.zero_grad()
     state.optimizer.step()
     state.optimizer.zero_grad()
-    update_teacher(state.teacher, student, plan.momentum_at(step))
+    if student.objective.needs_teacher:
+        update_teacher(state.teacher, student, plan.momentum_at(step))
     student.objective.update(terms.batch_sums)
     return grad_norms
 

@@ -45,8 +45,8 @@ class Meter:
         """Wall clock over all parts of the run, without work that was lost when it was stopped."""
         return self.earlier + self.clock.elapsed
 
-    def write(self, folder: RunFolder, model: nn.Module, *, seconds: float, steps: int, images: int) -> None:
-        """Write ``price.json``, once the weights are in the run folder. ``images``: of the training set."""
+    def write(self, folder: RunFolder, model: nn.Module, *, seconds: float, steps: int, images: int | None) -> None:
+        """Write ``price.json``, once the weights are in the run folder. ``images``: of the training set, if known."""
         device, processes = self.accelerator.device, self.accelerator.num_processes
         values = {
             "parameters_trained": trained_parameters(model),

@@ -43,7 +43,7 @@ def predict_raster(
 
     Args:
         raster: what to segment.
-        windows: rows and columns of overlapping windows in px that cover it, as ``Tiling.windows`` gives them.
+        windows: rows and columns of overlapping windows in px that cover it, as ``Sweep.windows`` gives them.
         segment: gives the classes of a window.
         files: the GeoTIFF and the PNG, each there whole at the end or not at all.
         classes: their names.

@@ -7,6 +7,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from glare import ranges
 from glare.draws import Draws
 from glare.geometry import Grid
 from glare.recipes import option
@@ -23,10 +24,9 @@ class RegionConfig:
     anchor: str = option("corner", "place of the start patch in its region", choices=("corner", "centre"))
 
     def __post_init__(self) -> None:
-        if not 1 <= self.min_side <= self.max_side:
+        ranges.check(self)
+        if self.min_side > self.max_side:
             raise ValueError(f"min_side, max_side are {self.min_side}, {self.max_side}; give 1 <= min_side <= max_side")
-        if self.count is not None and self.count < 1:
-            raise ValueError(f"count is {self.count}; give 1 or more")
 
 
 @dataclass(frozen=True)

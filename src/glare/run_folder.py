@@ -8,7 +8,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,37 +16,16 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 from torch import Tensor
 
-from glare import checkpoints
+from glare import checkpoints, run_lock
 from glare.checkpoints import Checkpoint
 from glare.curves import read_lines
 from glare.disk_space import room_for
-from glare.errors import UserError
-from glare.recipes import to_dict, to_yaml
-from glare.typed_values import written
-from glare.yaml_files import flatten, read_mapping
+from glare.errors import NotFiniteError, UserError
+from glare.recipes import to_yaml
+from glare.resuming import check_same_frozen, check_same_images, check_same_recipe, check_steps
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
-
-MAY_DIFFER_ON_RESUME = frozenset(
-    {
-        "checkpoint_every",
-        "compile",
-        "device",
-        "epochs",
-        "gradient_accumulation_steps",
-        "keep_checkpoints",
-        "log_every",
-        "num_workers",
-        "output",
-        "report_to",
-        "resume",
-        "shard",
-        "steps",
-        "strict",
-    }
-)
-"""Recipe keys that may change between a run and its ``--resume``."""
 
 
 class RunFolder:
@@ -58,6 +37,8 @@ class RunFolder:
     def __init__(self, path: Path, *, write: bool) -> None:
         self.path = path
         self.write = write
+        self.images: list[str] | None = None  # of the run, by name, for its checkpoints
+        self.frozen: str | None = None  # digest of the weights that do not train, likewise
 
     @staticmethod
     def check(path: Path, *, resume: bool | None = None) -> None:
@@ -67,38 +48,56 @@ class RunFolder:
         """
         if path.exists() and not path.is_dir():
             raise UserError(f"the output {path} is a file; give a folder that is new or empty")
-        if path.exists() and not all(map(_is_leftover, path.iterdir())):
-            _check_used(path, resume=resume)
+        if path.exists():
+            run_lock.check_free(path)
+            if not all(map(_is_leftover, path.iterdir())):
+                _check_used(path, resume=resume)
         above = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
         if not above.is_dir() or not os.access(above, os.W_OK):
             raise UserError(f"the output {path} cannot be made, {above} is no folder one may write to; give another")
 
     @classmethod
     def create(cls, path: Path, *, resume: bool | None = None, write: bool = True) -> "RunFolder":
-        """Make the folder, once everything that the user may have got wrong is known to be right."""
+        """Make the folder and lock it, once everything that the user may have got wrong is known to be right."""
         if write:
             cls.check(path, resume=resume)
             with room_for(path):
                 path.mkdir(parents=True, exist_ok=True)
                 _sync(path.parent)
+            run_lock.take(path)
         return cls(path, write=write)
 
     def begin(
-        self, recipe: "DataclassInstance", *, may_differ: frozenset[str] = frozenset()
+        self,
+        recipe: "DataclassInstance",
+        *,
+        images: Sequence[str] | None = None,
+        frozen: str | None = None,
+        derived: Collection[str] = (),
+        may_differ: frozenset[str] = frozenset(),
     ) -> tuple[Checkpoint | None, list[str]]:
         """Write ``recipe.yaml``; return the checkpoint to go on from, None where there is none, and what is different.
 
         That is what changed of the keys ``may_differ``, which stands as comments above the recipe, too. In a resumed
         folder, what a killed run was writing goes, and the metrics are brought back to the checkpoint. Raises
-        UserError, with nothing changed, where the run was made with other values of other keys that matter, or has
-        checkpoints of which none is usable.
+        UserError, with nothing changed, where the checkpoint was made with other ``images`` (by name, in the order in
+        which the run counts them), with other ``frozen`` weights (``resuming.frozen_digest``) or has more steps than
+        the recipe, where the run was made with other values of other keys that matter (those ``derived`` were not
+        given), or has checkpoints of which none is usable.
         """
         file = self.path / "recipe.yaml"
         changes, comments = [], ""
-        if file.exists():
-            changes = _check_same(file, recipe, may_differ)
-            comments = "".join(line for line in file.read_text("utf-8").splitlines(True) if line.startswith("#"))
+        self.images, self.frozen = None if images is None else list(images), frozen
         checkpoint = self.latest_checkpoint()
+        if checkpoint is not None:
+            # before the recipe, of which much follows from these two
+            check_same_images(self.path, checkpoint.images, self.images)
+            check_steps(self.path, checkpoint.step, getattr(recipe, "steps", None))
+        if file.exists():
+            changes = check_same_recipe(file, recipe, may_differ, derived)
+            comments = "".join(line for line in file.read_text("utf-8").splitlines(True) if line.startswith("#"))
+        if checkpoint is not None:
+            check_same_frozen(self.path, checkpoint.frozen, frozen)  # of another backbone the recipe tells more
         if self.write:
             self._clear_leftovers()
             self._rewind(checkpoint)
@@ -138,12 +137,30 @@ class RunFolder:
             _sync(self._metrics)
             logged = self._metrics.stat().st_size
         with self.publish(checkpoints.name_of(step)) as folder:
-            checkpoints.fill(folder, step, tensors, state, logged)
+            checkpoints.fill(folder, step, tensors, state, logged, self.images, self.frozen)
         checkpoints.prune(self.path, step, keep, protected)
 
     def latest_checkpoint(self) -> Checkpoint | None:
         """As ``checkpoints.latest`` of this folder."""
         return checkpoints.latest(self.path)
+
+    @contextmanager
+    def pointing_back(self) -> Iterator[None]:
+        """Add to a NotFiniteError in this block where the last healthy checkpoint is, or that there is none yet."""
+        try:
+            yield
+        except NotFiniteError as error:
+            raise NotFiniteError(f"{error}; {self._way_back()}") from None
+
+    def _way_back(self) -> str:
+        checkpoint = self.latest_checkpoint()
+        if checkpoint is None:
+            return "no checkpoint was written yet, so --resume begins at the first step"
+        return f"the last healthy checkpoint is {self.place_of(checkpoint)}: go on from there with --resume"
+
+    def place_of(self, checkpoint: Checkpoint) -> Path:
+        """The folder of a checkpoint."""
+        return self.path / checkpoints.name_of(checkpoint.step)
 
     def checkpoint(self, step: int) -> Checkpoint:
         """One of ``checkpoint_steps``."""
@@ -266,23 +283,6 @@ def _check_used(path: Path, *, resume: bool | None) -> None:
         raise UserError(f"the output folder {path} is in use; {remedy}")
     if not (path / "recipe.yaml").exists():
         raise UserError(f"the output folder {path} holds no run to --resume (no recipe.yaml); give another --output")
-
-
-def _check_same(file: Path, recipe: "DataclassInstance", may_differ: frozenset[str]) -> list[str]:
-    """What changed of the keys ``may_differ``; UserError where the recipes differ in another key that matters."""
-    old, new = flatten(read_mapping(file)), flatten(to_dict(recipe))
-    changes = {
-        name: f"{name} was {written(old.get(name))} and is {written(new.get(name))}"
-        for name in {**old, **new}
-        if old.get(name) != new.get(name) and name.split(".")[0] not in MAY_DIFFER_ON_RESUME
-    }
-    wrong = [text for name, text in changes.items() if name not in may_differ]
-    if wrong:
-        raise UserError(
-            f"the run in {file.parent} has another recipe: {'; '.join(wrong)}; "
-            "give --resume with the old values, or another --output without it"
-        )
-    return list(changes.values())
 
 
 def _finite(value: Any) -> Any:

@@ -1,7 +1,7 @@
 """What all training jobs share below the loop: processes and precision, seeded draws, clocks, optimizer state."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor
 
-from glare.errors import UserError
+from glare.errors import NotFiniteError, UserError
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -100,13 +100,20 @@ class Clock:
             finish(self.device)
         self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - begin
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time of the block out of ``elapsed``."""
+        begin = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - begin
+
     def share(self, part: str) -> float:
-        """Share of ``part`` in all time since the clock was made."""
+        """Share of ``part`` in ``elapsed``."""
         return self.seconds.get(part, 0.0) / max(self.elapsed, 1e-9)
 
     @property
     def elapsed(self) -> float:
-        """Seconds since the clock was made."""
+        """Seconds since the clock was made, but those in which it was paused."""
         return time.perf_counter() - self.started
 
 
@@ -119,6 +126,16 @@ def restore_scaler(accelerator: Accelerator, state: dict[str, Any] | None) -> No
     """Undo ``scaler_state``; a run that goes on in another precision has nothing to undo."""
     if accelerator.scaler is not None and state:
         accelerator.scaler.load_state_dict(state)
+
+
+def check_weights(tensors: Mapping[str, Tensor], step: int) -> None:
+    """Raise NotFiniteError for a state that is not to become the checkpoint of ``step``."""
+    broken = [name for name, value in tensors.items() if not value.isfinite().all()]
+    if broken:
+        raise NotFiniteError(
+            f"{len(broken)} tensors, such as {broken[0]}, are not finite after step {step}; lower the learning rate or "
+            "give --precision fp32"
+        )
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

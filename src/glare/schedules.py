@@ -16,9 +16,9 @@ def warmup_cosine(step: int, *, steps: int, warmup: int, peak: float, end: float
     return cosine(step - warmup, steps=steps - warmup, start=peak, end=end)
 
 
-def warmup_poly(step: int, *, steps: int, warmup: int, peak: float, power: float = 1.0) -> float:
-    """Linear warm-up, then ``peak * (1 - step / steps) ** power``, mmsegmentation's "poly" schedule."""
-    value = peak * float((1 - step / steps) ** power)
+def warmup_poly(step: int, *, steps: int, warmup: int, peak: float, power: float = 1.0, end: float = 0.0) -> float:
+    """Linear warm-up, then ``end + (peak - end) * (1 - step / steps) ** power``, mmsegmentation's "poly" schedule."""
+    value = end + (peak - end) * float((1 - step / steps) ** power)
     return value * (step + 1) / warmup if step < warmup else value
 
 

@@ -36,6 +36,23 @@ class LinearHead(nn.Module):
         return logits
 
 
+class PixelHead(nn.Module):
+    """Dropout and one linear layer from a token of the last map to the classes of every pixel of its patch.
+
+    SimMIM's decoder with classes in place of colours.
+    """
+
+    def __init__(self, config: GlareConfig) -> None:
+        super().__init__()
+        self.patch_size = config.patch_size
+        self.dropout = nn.Dropout2d(config.head_dropout)
+        self.classifier = Classifier(config.hidden_size, config.num_labels * config.patch_size**2)
+
+    def forward(self, maps: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Map [..., (b, d, h, w)] to logits (b, classes, patch h, patch w)."""
+        return F.pixel_shuffle(self.classifier(self.dropout(maps[-1])), self.patch_size)
+
+
 class RescalingPyramid(nn.ModuleList):
     """Rescale up to four maps of one size by 4, 2, 1 and 1/2 (mmsegmentation's Feature2Pyramid)."""
 
@@ -145,4 +162,8 @@ class FPNHead(nn.Module):
         return logits
 
 
-HEADS: dict[str, type[LinearHead] | type[FPNHead]] = {"linear": LinearHead, "fpn": FPNHead}
+HEADS: dict[str, type[LinearHead] | type[PixelHead] | type[FPNHead]] = {
+    "linear": LinearHead,
+    "pixel": PixelHead,
+    "fpn": FPNHead,
+}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, UperNetConfig, UperNetForSemanticSegmentation
 from transformers.models.dpt.image_processing_pil_dpt import DPTImageProcessorPil
 
-from glare.backbones import load_backbone, read_normalisation
+from glare.backbones import add_adapters, load_backbone, read_normalisation
 from glare.configuration_glare import GlareConfig
 from glare.errors import UserError
 from glare.model_names import Place, explained, place_of
@@ -20,7 +20,7 @@ from glare.modeling_glare import ADAPTER_NAME, GlareForSemanticSegmentation, Gla
 from glare.runtime import optimizer_tensors, restore_optimizer
 from glare.views import Normalisation
 
-HEADS = ("fpn", "linear", "upernet")
+HEADS = ("fpn", "linear", "pixel", "upernet")
 TRAINED = ("full", "adapter", "head")
 UPERNET_TAPS = 3  # at least, its auxiliary head sits on the third
 
@@ -52,7 +52,7 @@ def _load_adapter(name: str, place: Place) -> tuple[GlareModel, Normalisation]:
         )
     backbone = load_backbone(base).backbone
     with explained("adapter", name, f"give an adapter of {base}, as glare pretrain or PEFT writes them"):
-        model = GlareModel.from_backbone(backbone, config)
+        model = add_adapters(backbone, config)
         found = set_peft_model_state_dict(model.backbone, weights, adapter_name=ADAPTER_NAME)
     if found.unexpected_keys:
         raise UserError(f"the adapter {name!r} does not fit its base model {base!r}; give the model it was trained on")
@@ -65,7 +65,7 @@ def add_head(
     """A fresh head on a ViT whose weights are shared, or copied for ``upernet``; ``palette`` goes into the config."""
     names = dict(enumerate(classes))
     if head == "upernet":
-        segmenter = _upernet(model, names)
+        segmenter = _upernet(model, names, pyramid=pyramid)
     else:
         segmenter = GlareForSemanticSegmentation.from_model(model, head=head, pyramid=pyramid, id2label=names)
     segmenter.config.label2id = {name: number for number, name in names.items()}
@@ -73,15 +73,26 @@ def add_head(
     return segmenter
 
 
-def _upernet(model: GlareModel, names: dict[int, str]) -> PreTrainedModel:
-    backbone = GlareConfig(backbone_config=model.config.backbone_config, adapter_config=model.config.adapter_config)
+def _upernet(model: GlareModel, names: dict[int, str], *, pyramid: bool) -> PreTrainedModel:
+    """UPerNet as transformers has it: with the auxiliary head on the third tap that its published models trained with.
+
+    That head has 0.4 of the loss and no part in predictions. There is no dropout before the classifier, as there is in
+    mmsegmentation. With ``pyramid`` the taps get strides 4, 8, 16 and 32 of a patch of 16 px, as BEiT and iBOT do it.
+    """
+    backbone = GlareConfig(
+        backbone_config=model.config.backbone_config,
+        adapter_config=model.config.adapter_config,
+        backbone_pyramid=pyramid,
+    )
     if len(backbone.out_indices) < UPERNET_TAPS:
         raise UserError(f"head 'upernet' needs a ViT of at least {UPERNET_TAPS} blocks; give fpn or linear")
+    if len(names) < 2:
+        raise UserError("head 'upernet' needs at least 2 classes; give fpn or linear")
     config = UperNetConfig(
         backbone_config=backbone, auxiliary_in_channels=backbone.hidden_size, loss_ignore_index=255, id2label=names
     )
     segmenter = UperNetForSemanticSegmentation(config)
-    segmenter.backbone.load_state_dict(model.state_dict())
+    segmenter.backbone.backbone.load_state_dict(model.backbone.state_dict())
     return segmenter
 
 
@@ -91,7 +102,7 @@ def vit_of(segmenter: PreTrainedModel) -> GlareModel:
 
 
 def select_trained(segmenter: PreTrainedModel, train_on: str) -> None:
-    """Let the head train, and below it everything (``full``), the adapters (``adapter``) or nothing (``head``).
+    """Let the head train, and in the ViT everything (``full``), the adapters (``adapter``) or nothing (``head``).
 
     Weights that no loss can reach stay frozen: the mask token, and the final norm under heads on earlier taps.
     Raises UserError where there are no adapters to train.
@@ -102,10 +113,10 @@ def select_trained(segmenter: PreTrainedModel, train_on: str) -> None:
     if train_on == "adapter" and adapters is None:
         raise UserError("--train-on adapter needs a model with adapters, this one has none; give full or head")
     part = PEFT_TYPE_TO_PREFIX_MAPPING[adapters["peft_type"]] if adapters else ""
-    for name, parameter in vit.named_parameters():
+    for name, parameter in vit.backbone.named_parameters():
         chosen = train_on == "full" or (train_on == "adapter" and part in name)
         parameter.requires_grad_(chosen and "mask_token" not in name)
-    if getattr(segmenter.config, "head", None) != "linear":
+    if getattr(segmenter.config, "head", "fpn") == "fpn":
         final_norm(vit.backbone).requires_grad_(False)
 
 
@@ -139,7 +150,7 @@ def synchronised(segmenter: PreTrainedModel, *, processes: int) -> PreTrainedMod
 
 def parameter_groups(segmenter: PreTrainedModel, weight_decay: float) -> list[dict[str, Any]]:
     """What trains, in groups of head or backbone (``head``) and of what decays or not."""
-    below = {id(parameter) for parameter in vit_of(segmenter).parameters()}
+    below = {id(parameter) for parameter in vit_of(segmenter).backbone.parameters()}
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in segmenter.named_parameters():
         if parameter.requires_grad:

@@ -13,13 +13,25 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
+from glare.errors import UserError
 from glare.modeling_glare import vit_blocks
+
+
+def check_precision(accelerator: Accelerator) -> None:
+    """Raise UserError where blocks cannot be sharded: a scaled loss needs all gradients whole, or all in shards."""
+    if accelerator.num_processes > 1 and accelerator.mixed_precision == "fp16":
+        raise UserError(
+            "shard does not go with precision fp16 on several processes; give --precision bf16 or fp32, or leave "
+            "--shard out"
+        )
 
 
 def shard_blocks(backbone: PreTrainedModel) -> None:
     """Give each process its part of every block. Optimizers are made afterwards: the parameters are new ones."""
     for block in vit_blocks(backbone):
-        fully_shard(block, reshard_after_forward=True)  # the teacher has no backward pass after which to do it
+        # after the forward pass, as the teacher has no backward pass after which to do it
+        sharded = fully_shard(block, reshard_after_forward=True)
+        sharded.set_force_sum_reduction_for_comms(True)  # gloo of torch 2.8 sums where it is asked for a mean
 
 
 @torch.no_grad()

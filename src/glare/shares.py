@@ -4,7 +4,8 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from accelerate.utils import broadcast
+from torch import Tensor, nn
 
 from glare.draws import Draws
 from glare.errors import UserError
@@ -13,8 +14,6 @@ from glare.runtime import seeded
 
 def check_shares(batch_size: int, processes: int, accumulation: int) -> None:
     """Raise UserError where a batch cannot be shared out equally."""
-    if accumulation < 1:
-        raise UserError(f"gradient_accumulation_steps is {accumulation}; give 1 or more")
     if batch_size % (processes * accumulation):
         passes = f" times {accumulation} gradient_accumulation_steps" if accumulation > 1 else ""
         raise UserError(
@@ -23,17 +22,29 @@ def check_shares(batch_size: int, processes: int, accumulation: int) -> None:
         )
 
 
-def draws_of(accelerator: Accelerator, total: int, *, seed: int, step: int, purpose: int) -> Draws:
-    """Random numbers of this process's share of a batch of ``total``; each ``purpose`` has its own."""
+def share_of(accelerator: Accelerator, total: int) -> slice:
+    """The part of a batch of ``total`` that is this process's."""
     count = total // accelerator.num_processes
     first = count * accelerator.process_index
-    return Draws(seeded(seed, step, purpose), total, slice(first, first + count))
+    return slice(first, first + count)
+
+
+def draws_of(accelerator: Accelerator, total: int, *, seed: int, step: int, purpose: int) -> Draws:
+    """Random numbers of this process's share of a batch of ``total``; each ``purpose`` has its own."""
+    return Draws(seeded(seed, step, purpose), total, share_of(accelerator, total))
 
 
 def passes(count: int, number: int) -> Iterator[slice]:
     """``count`` images in ``number`` equal parts."""
     size = count // number
     return (slice(first, first + size) for first in range(0, count, size))
+
+
+@torch.no_grad()
+def same_everywhere(module: nn.Module) -> None:
+    """Give a module the weights and buffers it has on the main process, in case what made them rounds differently."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        broadcast(tensor.detach())
 
 
 def added_up(vectors: Mapping[str, Tensor], accelerator: Accelerator) -> dict[str, Tensor]:

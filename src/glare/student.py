@@ -43,7 +43,14 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def target_features(self, views: Views) -> Features:
-        """The teacher's role: features of the clean global views, with the [CLS] attention of the last block."""
+        """The teacher's role: features of the clean global views, with the [CLS] attention of the last block.
+
+        Of no views, and without a forward pass, where the objective needs no teacher.
+        """
+        if not self.objective.needs_teacher:
+            images, patches = views.patch_mask.shape[1:]
+            cls = views.global_.new_empty(0, images, self.backbone.config.hidden_size)
+            return Features(cls, cls.new_empty(0, images, patches, cls.shape[-1]))
         return encode(self.backbone, [views.global_], attention=True)[0]
 
     def forward(

@@ -1,4 +1,7 @@
-"""The teacher: a moving average of whatever trains; everything frozen is the student's own tensor."""
+"""The teacher: a moving average of whatever trains; everything frozen is the student's own tensor.
+
+Where an objective needs no teacher, the student itself stands in its place: nothing is averaged, nothing is kept twice.
+"""
 
 from collections.abc import Iterator
 from copy import deepcopy
@@ -20,7 +23,9 @@ def make_teacher(student: Module) -> Module:
 
 
 def averaged_parameters(teacher: nn.Module, student: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
-    """(name, teacher's, student's) of every parameter that trains."""
+    """(name, teacher's, student's) of every parameter that trains; none where the student is its own teacher."""
+    if teacher is student:
+        return
     for (name, ours), theirs in zip(teacher.named_parameters(), student.parameters(), strict=True):
         if theirs.requires_grad:
             yield name, ours, theirs

@@ -83,10 +83,15 @@ def make_optimizer(student: nn.Module, weight_decay: float) -> torch.optim.Optim
 
 @torch.no_grad()
 def clip_each(parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
-    """Scale the gradient of each parameter to a norm of at most ``limit`` (DINO); returns the norm of all before."""
+    """Scale the gradient of each parameter to a norm of at most ``limit``, returning the norm of all before (DINO).
+
+    A limit of 0 scales nothing, as in DINO.
+    """
     gradients = [p.grad for p in parameters if p.grad is not None]
     lengths = norms(gradients)
-    torch._foreach_mul_([local(gradient) for gradient in gradients], (limit / (lengths + 1e-6)).clamp(max=1.0).unbind())
+    if limit:
+        factors = (limit / (lengths + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_([local(gradient) for gradient in gradients], factors.unbind())
     total: Tensor = lengths.norm()
     return total
 

@@ -6,10 +6,11 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from glare import ranges
 from glare.crops import PackedImages, cut
 from glare.draws import Draws
 from glare.geometry import Crop, Grid, random_resized_crops
-from glare.patch_augmentation import RANDOM, augment_patches, sample_patch_mask
+from glare.patch_augmentation import RANDOM, augment_patches, sample_patch_mask, sample_square_mask
 from glare.photometric import colour_jitter, gaussian_blur, grey, solarize
 from glare.recipes import option
 
@@ -37,18 +38,14 @@ class ViewConfig:
     patch_augmentation: str = option(
         "blur", "what is done to patches of the student's views", choices=PATCH_AUGMENTATIONS
     )
-    patch_sampling: str = option("random", "where these patches lie", choices=("random", "block"))
+    patch_sampling: str = option("random", "where these patches lie", choices=("random", "block", "square"))
+    patch_square: int = option(1, "side of the squares of patch_sampling square, in patches")
     patch_prob: float = option(0.5, "share of the global views that have such patches")
     patch_ratio: tuple[float, float] = option((0.1, 0.5), "share of the patches of such a view, low and high")
     patch_blur_sigma: float = option(0.3125, "of patch blur, in patch sides (5 px for a patch of 16)")
 
     def __post_init__(self) -> None:
-        for name in ("global_area", "local_area", "patch_ratio"):
-            low, high = getattr(self, name)
-            if not 0 < low <= high <= 1:
-                raise ValueError(f"{name} is {(low, high)}; give two numbers with 0 < low <= high <= 1")
-        if self.num_local < 0:
-            raise ValueError(f"num_local is {self.num_local}; give 0 or more")
+        ranges.check(self)
 
 
 @dataclass(frozen=True)
@@ -193,13 +190,10 @@ def recolour(images: Tensor, colours: Colours) -> Tensor:
 
 def _draw_mask(config: ViewConfig, grid: Grid, draws: Draws) -> Tensor:
     """The patches of one global view that the student sees changed, (b, n) bool."""
-    return sample_patch_mask(
-        draws,
-        grid,
-        prob=config.patch_prob if config.patch_augmentation != "none" else 0.0,
-        ratio=config.patch_ratio,
-        block=config.patch_sampling == "block",
-    )
+    prob = config.patch_prob if config.patch_augmentation != "none" else 0.0
+    if config.patch_sampling == "square":
+        return sample_square_mask(draws, grid, prob=prob, ratio=config.patch_ratio, side=config.patch_square)
+    return sample_patch_mask(draws, grid, prob=prob, ratio=config.patch_ratio, block=config.patch_sampling == "block")
 
 
 def _augmented(global_: Tensor, mask: Tensor, config: ViewConfig, *, patch_size: int, draws: Draws) -> Tensor:

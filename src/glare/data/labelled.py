@@ -14,13 +14,17 @@ from PIL import Image
 from torch import Tensor
 
 from glare.crops import PackedImages
+from glare.data.archives import Part, open_part
 from glare.data.cache import PixelStore, Reading, check_short_side, packed_images, shrink
+from glare.data.catalog import check_unnamed, named, suggestion
 from glare.data.geotiff import SUFFIXES, Reader
+from glare.data.label_files import read_indices
 from glare.data.landcover import parse_landcover
 from glare.data.listing import image_names
-from glare.data.opening import open_picture, reason_of
-from glare.data.raster_windows import AS_NEEDED, Part, RasterReading, list_parts
-from glare.data.sources import BadImage, folder_images, matching
+from glare.data.opening import open_picture
+from glare.data.raster_windows import AS_NEEDED, RasterReading, list_parts
+from glare.data.raster_windows import Part as Picture
+from glare.data.sources import BadImage, Images, folder_images, matching
 from glare.errors import UserError, shortened
 from glare.paths import kind_of, local_path, printable
 from glare.runtime import seeded
@@ -30,9 +34,6 @@ MAX_CLASSES = 255  # a label is one byte, and 255 means ignored
 LAYOUT = "a labelled folder holds [split/]images/*.jpg, [split/]labels/*.png and classes.json"
 EXAMPLE = '{"classes": ["building", "road"], "ignore_index": 255}'
 UNPRINTABLE = ("Cc", "Cs")  # of Unicode's categories: control characters and halves of characters
-GREY_STEPS = {"L;2": 85, "L;4": 17}
-"""Pillow spreads grey PNGs of 2 and 4 bits to 0..255 by these factors."""
-
 Labelled = tuple[Image.Image, NDArray[np.uint8]]
 """RGB image and class indices (h, w)."""
 
@@ -90,8 +91,10 @@ def open_labelled(
 
     Args:
         data: a folder with ``[split/]images``, ``[split/]labels`` (PNGs or TIFFs of class indices, named like the
-            images) and ``classes.json``, or ``landcover:<domain>[:count[:seed]]``.
-        split: sub-folder of ``data``; None takes the images of ``data`` itself, or its only split.
+            images) and ``classes.json``, a data set of the catalog (``ade20k``, ``loveda:FOLDER``), or
+            ``landcover:<domain>[:count[:seed]]``.
+        split: sub-folder of ``data``, or train, val or test of the catalog's; None takes the images of ``data``
+            itself, or its only split.
         match: globs on file stems, comma-separated, a leading ``!`` excludes.
         raster: how GeoTIFFs are read.
 
@@ -101,9 +104,19 @@ def open_labelled(
     path = local_path(data)
     if data.partition(":")[0] == "landcover" and kind_of(path) != "folder":
         found = _generated(data, split)
+    elif (wanted := named(data)) is not None:
+        found = _archived(open_part(wanted, split, labelled=True))
     else:
         found = _folder(_split_folder(path, split), raster)
     return found.subset(matching(found.names, match, data=data))
+
+
+def default_split(data: str, purpose: str) -> str | None:
+    """The usual split to ``train`` on or to measure on (``val``): None in a labelled folder without one so named."""
+    wanted = named(data)
+    if wanted is not None:
+        return wanted.entry.split(purpose)
+    return purpose if (local_path(data) / purpose / "images").is_dir() else None
 
 
 def pack_labelled(
@@ -184,10 +197,35 @@ def _generated(data: str, split: str | None) -> LabelledSet:
     )
 
 
+def _archived(part: Part) -> LabelledSet:
+    images = Images(part.names, lambda index: open_picture(part.image(index)))
+    entry = part.entry
+
+    def load(index: int) -> Labelled:
+        image = images.read(index)
+        try:
+            label = part.label(index)
+            values = read_indices(label.file, label.name, image.size)
+        except ValueError as error:
+            raise BadImage(images.name(index), str(error)) from error
+        try:
+            return image, label.values.indices(values)
+        except ValueError as unknown:
+            reason = (
+                f"its label {label.name} has the values {unknown}; allowed in {entry.title} are {label.values.allowed}"
+            )
+            raise BadImage(images.name(index), f"{reason}: give the labels as its archive has them") from unknown
+
+    palette = np.array(entry.classes.palette, np.uint8)
+    return LabelledSet(list(entry.classes.names), palette, images.names, load)
+
+
 def _split_folder(data: Path, split: str | None) -> Path:
     """The folder that holds images and labels."""
     if kind_of(data) != "folder":
-        raise UserError(f"labelled data {str(data)!r} is not a folder; {LAYOUT}")
+        raise UserError(f"labelled data {str(data)!r} is not a folder{suggestion(str(data))}; {LAYOUT}")
+    if not (data / "classes.json").is_file():
+        check_unnamed(data, otherwise=f"arrange it so that {LAYOUT}")
     try:
         splits = sorted(folder.name for folder in data.iterdir() if (folder / "images").is_dir())
     except OSError as error:
@@ -226,13 +264,13 @@ def _folder(folder: Path, raster: RasterReading) -> LabelledSet:
 
 
 def _read_label(
-    part: Part, folder: Path, size: tuple[int, int], reader: Reader, *, num_classes: int, ignore: int
+    part: Picture, folder: Path, size: tuple[int, int], reader: Reader, *, num_classes: int, ignore: int
 ) -> NDArray[np.uint8]:
     """Class indices (h, w) with 255 for ``ignore``; ValueError says what is wrong with the file."""
     file = part.label_file(folder / "images", folder / "labels")
     name = printable(str(file))
     is_raster = part.raster is not None and file.suffix.lower() in SUFFIXES and file.is_file()
-    values = part.read_indices(file, reader, ignore=ignore) if is_raster else _read_indices(file, name, size)
+    values = part.read_indices(file, reader, ignore=ignore) if is_raster else read_indices(file, name, size)
     ignored = values == ignore
     unknown = np.unique(values[~ignored & ((values < 0) | (values >= num_classes))])
     if unknown.size:
@@ -242,37 +280,6 @@ def _read_label(
             "correct the label, or the classes in classes.json"
         )
     return np.where(ignored, IGNORE_INDEX, values).astype(np.uint8)
-
-
-def _read_indices(file: Path, name: str, size: tuple[int, int]) -> NDArray[Any]:
-    """The values of a picture of one channel and this size; of a palette picture, the indices."""
-    if not file.is_file():
-        raise ValueError(f"it has no label {name}; add that file or remove the image")
-    try:
-        label = open_picture(file)
-    except Exception as error:  # Pillow's readers let almost any exception out on a broken file
-        raise _unreadable(name, error) from error
-    with label:
-        if len(label.getbands()) > 1 or label.mode == "F":
-            raise ValueError(
-                f"its label {name} is a colour picture (mode {label.mode}); "
-                "write a PNG with one channel that holds the class index of every pixel"
-            )
-        if label.size != size:  # known before it is decoded
-            raise ValueError(
-                f"its label {name} has {label.width} x {label.height} px, the image {size[0]} x {size[1]}; "
-                "give them the same size"
-            )
-        try:
-            step = GREY_STEPS.get(str(label.tile[0].args), 1) if label.tile else 1
-            values = np.asarray(label)
-        except Exception as error:
-            raise _unreadable(name, error) from error
-    return values // step if step > 1 else values.astype(np.int64)
-
-
-def _unreadable(name: str, error: Exception) -> ValueError:
-    return ValueError(f"its label {name} cannot be read ({reason_of(error)}); write it again as PNG")
 
 
 def _read_classes(folder: Path) -> tuple[list[str], NDArray[np.uint8], int]:

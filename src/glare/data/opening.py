@@ -1,16 +1,25 @@
-"""Opening a picture that nobody vouches for: of known formats alone, of a bounded size, and never a pipe or device."""
+"""Opening what nobody vouches for: pictures of known formats and a bounded size alone, tar files that unpack to one."""
 
+import tarfile
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 
+from datasets.filesystems import EXTENSION_TO_COMPRESSION_FS_FILE_CLS as UNPACKERS
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from glare.errors import first_line
+from glare.errors import first_line, shortened
 from glare.paths import kind_of
 
 MAX_PIXELS = 178_956_970  # twice Image.MAX_IMAGE_PIXELS, where Pillow refuses, too; 13,377 px square
 FORMATS = ("JPEG", "PNG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "PPM", "JPEG2000")
 """Pillow's readers of these formats; others would run other programs (EPS) or are of no use here."""
+
+MAX_GROWTH = 2**30  # bytes: a picture of MAX_PIXELS has half as many, in 8-bit RGB
+ZIP = (b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08")
+"""How a zip file may begin."""
+
+PIECE = 2**20  # bytes that are unpacked at once
 
 
 def open_picture(file: Path | BytesIO) -> ImageFile.ImageFile:
@@ -27,6 +36,41 @@ def open_picture(file: Path | BytesIO) -> ImageFile.ImageFile:
         image.close()
         raise Image.DecompressionBombError(f"Image size ({pixels} pixels) exceeds limit of {MAX_PIXELS} pixels")
     return image
+
+
+def check_archive(file: Path) -> None:
+    """Raise ValueError where a tar file unpacks to over ``MAX_GROWTH`` bytes more than it has itself, and for zip.
+
+    `datasets` takes both for tar files. It unpacks a compressed member, or one with holes, whole into memory, whatever
+    its size, and a tar file that is compressed as a whole onto the disk. What is neither is left to it. Raises
+    TarError, OSError, or what the unpackers let out, for a damaged file.
+    """
+    with file.open("rb") as opened:
+        start = opened.read(len(ZIP[0]))
+    if start in ZIP or file.suffix.lower() == ".zip":
+        raise ValueError(f"{file.name} is a zip file, whatever its name; unpack it")
+    if not tarfile.is_tarfile(file):
+        return
+    left = file.stat().st_size + MAX_GROWTH
+    with tarfile.open(file) as tar:
+        for member in filter(tarfile.TarInfo.isreg, tar):
+            for size in _sizes(tar, member):
+                left -= size
+                if left < 0:
+                    raise ValueError(
+                        f"up to its member {shortened(member.name)!r} {file.name} unpacks to more than "
+                        f"{MAX_GROWTH / 2**30:g} GiB beyond its own size; leave that out, or unpack it yourself"
+                    )
+
+
+def _sizes(tar: tarfile.TarFile, member: tarfile.TarInfo) -> Iterator[int]:
+    """Bytes of a member, and those of each piece that it unpacks to by the ending of its name."""
+    yield member.size
+    unpacker = UNPACKERS.get("." + member.name.rpartition(".")[2].lower())
+    if unpacker is not None:
+        with unpacker(tar.extractfile(member), mode="rb") as unpacked:
+            while piece := unpacked.read(PIECE):
+                yield len(piece)
 
 
 def reason_of(error: Exception) -> str:

@@ -9,15 +9,15 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-import datasets
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from glare.data.archives import open_part
+from glare.data.catalog import check_unnamed, named, suggestion
 from glare.data.geotiff import Raster
 from glare.data.landcover import parse_landcover
 from glare.data.listing import EXTENSIONS, extension_of, image_names
@@ -26,11 +26,9 @@ from glare.data.listing import natural as natural
 from glare.data.opening import open_picture, reason_of
 from glare.data.raster_windows import AS_NEEDED, Parts, list_parts
 from glare.data.raster_windows import RasterReading as RasterReading
-from glare.errors import UserError, first_line
+from glare.data.tables import REMOTE, SHARDS, has_shards, open_table
+from glare.errors import UserError
 from glare.paths import kind_of, local_path
-
-SHARDS = {"parquet": "parquet", "tar": "webdataset"}
-"""File extension -> the builder of `datasets` that reads it."""
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 BEHIND_TRANSPARENT = (124, 116, 104)  # ImageNet's mean colour: no-data areas normalise to about 0
@@ -119,8 +117,8 @@ def open_source(data: str, *, match: str | None = None, raster: RasterReading = 
 
     Args:
         data: a folder (of any depth; of one with ``images`` and ``labels`` side by side only ``images``), an
-            image, a parquet file or tar shard or a folder of them, a data set of the Hub as ``owner/name`` (its
-            ``train`` split, or the largest if there is none), or ``landcover:<domain>[:count[:seed]]``.
+            image, a parquet file or tar shard, a folder or address of them, a data set of the Hub as ``owner/name``
+            (its ``train`` split, or the largest if there is none), or ``landcover:<domain>[:count[:seed]]``.
         match: globs on file stems, comma-separated, a leading ``!`` excludes: ``tile[134]_*,!tile1_003``.
         raster: how the GeoTIFFs of folders are read.
 
@@ -136,12 +134,15 @@ def open_source(data: str, *, match: str | None = None, raster: RasterReading = 
     elif data.partition(":")[0] == "landcover":
         scenes = parse_landcover(data)
         images = Images([scenes.name(i) for i in range(len(scenes))], scenes.read)
-    elif HUB_ID.fullmatch(data):
-        images = _open_table(data, data)
+    elif (wanted := named(data)) is not None:
+        part = open_part(wanted, wanted.entry.split("train"), labelled=False)
+        images = Images(part.names, lambda index: open_picture(part.image(index)))
+    elif HUB_ID.fullmatch(data) or data.startswith(REMOTE):
+        images = table_images(data)
     else:
         raise UserError(
-            f"data {data!r} is neither an existing path nor a Hub id (owner/name) nor landcover:<domain>; "
-            "check the spelling, or give a folder of images"
+            f"data {data!r} is neither an existing path nor a Hub id (owner/name) nor landcover:<domain>"
+            f"{suggestion(data)}; check the spelling, or give a folder of images"
         )
     return images.subset(matching(images.names, match, data=data))
 
@@ -264,12 +265,18 @@ def folder_images(parts: Parts) -> Images:
     return Images(parts.names(), lambda index: parts[index].open_image(), parts)
 
 
+def table_images(data: str) -> Images:
+    """The images of the table that ``data`` names (see `open_table`), by the number of their row."""
+    table = open_table(data)
+    return Images([f"{index:06d}" for index in range(len(table.rows))], lambda index: table.open(table.rows[index]))
+
+
 def _open_folder(folder: Path, raster: RasterReading) -> Images:
+    check_unnamed(folder, otherwise="the folder of its images alone")
     if names := image_names(folder):
         return folder_images(list_parts(folder, names, raster))
-    for extension, builder in SHARDS.items():
-        if next(folder.rglob(f"*.{extension}"), None):
-            return _open_table(str(folder), builder, data_dir=str(folder))
+    if has_shards(folder):
+        return table_images(str(folder))
     raise UserError(
         f"folder {str(folder)!r} holds no images ({', '.join(EXTENSIONS)}) and no parquet or tar files; "
         "give a folder that does"
@@ -279,61 +286,8 @@ def _open_folder(folder: Path, raster: RasterReading) -> Images:
 def _open_file(file: Path, raster: RasterReading) -> Images:
     extension = extension_of(file.name)
     if extension in SHARDS:
-        return _open_table(str(file), SHARDS[extension], data_files=str(file))
+        return table_images(str(file))
     if extension in EXTENSIONS:
         return folder_images(list_parts(file.parent, [file.name], raster))
     allowed = ", ".join((*EXTENSIONS, *SHARDS))
     raise UserError(f"file {str(file)!r} is no image by its name; give a file named {allowed}, or a folder")
-
-
-def _open_table(data: str, builder: str, **files: str) -> Images:
-    """The images of a table that `datasets` loads: the train split, or the largest one."""
-    try:
-        splits = datasets.load_dataset(builder, **files)
-    except Exception as error:  # no connection, no such data set, several configurations, a broken file, ...
-        if files:
-            raise UserError(
-                f"data {data!r} cannot be read ({first_line(error)}); repair it or write it again"
-            ) from error
-        raise UserError(
-            f"data {data!r} is neither an existing path nor a loadable Hub data set ({first_line(error)}); "
-            "check the spelling and the connection"
-        ) from error
-    rows = splits["train"] if "train" in splits else max(splits.values(), key=len)
-    column = _image_column(rows.features, data=data)
-    if isinstance(rows.features[column], datasets.Image):
-        rows = rows.cast_column(column, datasets.Image(decode=False))
-    rows = rows.select_columns([column])
-    folder = None if not files else Path(data) if Path(data).is_dir() else Path(data).parent
-
-    def open_image(index: int) -> Image.Image:
-        cell = rows[index][column]
-        if cell is None:
-            raise ValueError("the row has no image")
-        if cell["bytes"] is not None:
-            return open_picture(BytesIO(cell["bytes"]))
-        return open_picture(Path(cell["path"]) if folder is None else _inside(folder, cell["path"]))
-
-    return Images([f"{index:06d}" for index in range(len(rows))], open_image)
-
-
-def _inside(folder: Path, name: str) -> Path:
-    """The file that a table of this folder names. Raises ValueError where that is a file of somewhere else."""
-    file = folder / name
-    if not file.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"its path {name!r} leads out of the folder of the table; put the image into the table")
-    return file
-
-
-def _image_column(features: Any, *, data: str) -> str:
-    """The column of images: the one called image, or the first one of that type."""
-    columns: list[str] = [
-        name
-        for name, feature in features.items()
-        if isinstance(feature, datasets.Image) or (isinstance(feature, dict) and feature.keys() == {"bytes", "path"})
-    ]
-    if not columns:
-        raise UserError(
-            f"data {data!r} has no column of images, only {', '.join(features)}; give a data set with an Image column"
-        )
-    return "image" if "image" in columns else columns[0]

@@ -1,13 +1,16 @@
 """What every objective takes and gives."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from glare.draws import Draws
+from glare.errors import UserError
 from glare.features import Features
 from glare.losses import CENTRE_MOMENTUM
 from glare.objectives.places import Counts, Places
@@ -38,14 +41,32 @@ class Objective(nn.Module, ABC):
     """A module that owns the heads it needs and turns features into loss terms.
 
     ``forward`` changes nothing; ``update`` is called once an optimizer step, in sight of the training loop.
-    ``head`` is a projection head whose last layer the loop holds still at first.
+    ``head`` is a projection head whose last layer the loop holds still at first, None for an objective without one.
+    ``needs_teacher``: whether targets come from a moving average of the student; otherwise there is no teacher at all.
     """
 
-    head: "ProjectionHead"
+    head: "ProjectionHead | None"
+    needs_teacher: ClassVar[bool] = True
+
+    @classmethod
+    def of(cls, vit: PreTrainedConfig, settings: Any) -> Self:
+        """The objective for features of such a ViT; ``settings`` are those of the recipe."""
+        return cls(vit.hidden_size, vit.num_attention_heads, settings)
+
+    @classmethod
+    def derive(cls, derived: Mapping[str, Any]) -> dict[str, Any]:
+        """Recipe keys where the user gives none, from those that were ``derived`` for GLARE."""
+        return dict(derived)
+
+    @classmethod
+    def check(cls, recipe: Any) -> None:
+        """Raise UserError for a complete recipe that this objective cannot learn from."""
+        if recipe.export == "teacher" and not cls.needs_teacher:
+            raise UserError(f"objective {recipe.objective} has no teacher to export; give --export student")
 
     @abstractmethod
     def places(self, teacher: Features, views: Views, draws: Draws) -> Places:
-        """What is compared of these images; ``teacher`` are features of the clean global views."""
+        """What is compared of these images; ``teacher`` are features of the clean global views, or of no views."""
 
     @abstractmethod
     def forward(

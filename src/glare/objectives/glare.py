@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from glare import ranges
 from glare.draws import Draws
 from glare.features import Features
 from glare.losses import (
@@ -64,6 +65,9 @@ class GlareSettings:
     min_overlap: float = option(0.0, "patches correspond only if their intersection over union is above this")
     local_queries: bool = option(False, "the patches of local views enter L_loc2 too")
     regions: RegionConfig = option(RegionConfig(), "how regions are drawn")
+
+    def __post_init__(self) -> None:
+        ranges.check(self)
 
 
 class CrossAttention(nn.Module):
@@ -110,6 +114,8 @@ class CrossAttention(nn.Module):
 
 class GlareObjective(Objective):
     """The four terms, one shared head, one cross-attention and three centres."""
+
+    head: ProjectionHead
 
     def __init__(self, dim: int, num_heads: int, config: GlareSettings) -> None:
         super().__init__()

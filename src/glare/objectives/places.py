@@ -40,12 +40,14 @@ class Places:
     """What the terms compare of b images.
 
     ``augmented`` (2, b, n) bool, changed patches of L_loc1; ``matches`` of L_loc2, those of ``DIRECTIONS`` first;
-    ``regions`` of L_reg, one a direction, none where the term is left out.
+    ``regions`` of L_reg, one a direction, none where the term is left out; ``pixels`` (2, b, 3, h, w) of the clean
+    global views, for an objective that reconstructs them.
     """
 
     augmented: Tensor
     matches: tuple[Match, ...]
     regions: tuple[Regions, ...]
+    pixels: Tensor | None = None
 
     def of(self, images: slice) -> Self:
         """The places of some of the images."""
@@ -54,11 +56,15 @@ class Places:
             augmented=self.augmented[:, images],
             matches=tuple(replace(m, index=m.index[images], valid=m.valid[images]) for m in self.matches),
             regions=tuple(regions.of(images) for regions in self.regions),
+            pixels=None if self.pixels is None else self.pixels[:, images],
         )
 
     def counts(self) -> dict[str, Tensor]:
-        """How many there are: ``images`` and ``augmented`` (1), ``matched`` (matches), ``region`` (regions)."""
-        found = [m.valid.sum() for m in self.matches]
+        """How many there are: ``images`` and ``augmented`` (1), ``matched`` (matches), ``region`` (regions).
+
+        Without matches or regions their number stands for a 0.
+        """
+        found = [m.valid.sum() for m in self.matches] or [self.augmented.sum() * 0]
         return {
             "images": self.augmented.new_tensor([self.augmented.shape[1]], dtype=torch.float32),
             "augmented": self.augmented.sum().view(1).float(),

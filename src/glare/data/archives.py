@@ -1,0 +1,206 @@
+"""The images and labels of one split of a data set of the catalog, from its archive, from tables or from the Hub."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from glare.data.catalog import ALL, Entry, HubCopy, Named
+from glare.data.layouts import LabelValues, Layout
+from glare.data.pets_study import BUDGETS, PREFIX, study_split
+from glare.data.tables import load_hub_split, picture_columns, picture_file, undecoded
+from glare.errors import UserError, first_line
+from glare.model_names import is_repo_id
+from glare.paths import kind_of, local_path, printable
+
+logger = logging.getLogger(__name__)
+
+LABEL_COLUMNS = ("label", "annotation", "mask", "segmentation", "labels", "masks", "trimap")
+OTHER_NAMES = {"train": ("train", "training"), "val": ("val", "validation", "valid", "dev"), "test": ("test",)}
+"""Split -> what tables may call it."""
+
+
+@dataclass(frozen=True)
+class LabelOf:
+    """The file of a label, what to call it, and what its values mean."""
+
+    file: Path | BytesIO
+    name: str
+    values: LabelValues
+
+
+@dataclass(frozen=True)
+class Part:
+    """Named images of a split: ``image(index)`` gives the file and ``label(index)`` that of its label.
+
+    Both raise ValueError where the row of a table has none.
+    """
+
+    entry: Entry
+    names: list[str]
+    image: Callable[[int], Path | BytesIO]
+    label: Callable[[int], LabelOf]
+
+
+def open_part(wanted: Named, split: str | None, *, labelled: bool) -> Part:
+    """List a split, and say in one line if it has another number of images than it should.
+
+    Args:
+        wanted: the data set and where it is.
+        split: train, val or test as far as the data set has them; of oxford_pets also those of `pets_study`.
+        labelled: whether the labels are needed.
+
+    Raises:
+        UserError: there is no such split or place, it is not laid out as known, or it has no labels and needs them.
+    """
+    entry = wanted.entry
+    split = _checked(entry, split)
+    if labelled and split in entry.unlabelled:
+        others = " or ".join(name for name in entry.counts if name not in entry.unlabelled)
+        raise UserError(f"the labels of {entry.title} {split} are not public; give --split {others}")
+    part = _open(wanted, split, labelled=labelled)
+    expected = entry.counts.get(split)
+    if expected is not None and len(part.names) != expected:
+        _say_once(f"{wanted}: {split} has {len(part.names):,} images here, {expected:,} in the whole of {entry.title}")
+    return part
+
+
+@cache
+def _say_once(line: str) -> None:
+    logger.warning(line)
+
+
+def _checked(entry: Entry, split: str | None) -> str:
+    if split is not None and (split in entry.counts or (entry.study and split.split(":")[0] == PREFIX)):
+        return split
+    study = f", {PREFIX}:test and {PREFIX}:N (N of {', '.join(map(str, BUDGETS))})" if entry.study else ""
+    given = "several splits" if split is None else f"no split {split!r}"
+    raise UserError(f"{entry.name} has {given}; choose one of {', '.join(entry.counts)}{study}")
+
+
+def _open(wanted: Named, split: str, *, labelled: bool) -> Part:
+    entry, place = wanted.entry, wanted.place
+    if place is None:
+        if entry.hub is None:
+            raise UserError(
+                f"{entry.title} has no copy on the Hub that this package knows; get it from {entry.archive} "
+                f"({entry.terms}; {entry.page}), unpack it and give --data {entry.name}:FOLDER"
+            )
+        return _hub(wanted, entry.hub, entry.hub.splits[split], labelled=labelled)
+    folder = local_path(place)
+    if kind_of(folder) == "folder":
+        for layout in entry.layouts:
+            root = layout.root(folder, ALL if _is_study(split) else split)
+            if root is not None:
+                return _archive(entry, layout, root, split, labelled=labelled)
+        if next(folder.rglob("*.parquet"), None) is not None:
+            return _tables(wanted, folder, split, labelled=labelled)
+        raise UserError(
+            f"folder {place!r} does not hold {entry.title} {split} as its archive does ({_expected(entry, split)}), "
+            f"nor parquet files; unpack {entry.archive} there"
+        )
+    if "/" in place and is_repo_id(place) and kind_of(folder) is None:
+        return _any_hub(wanted, place, split, labelled=labelled)
+    raise UserError(
+        f"data {str(wanted)!r} names {place!r}, which is no folder; give the folder of the unpacked archive "
+        f"({entry.archive}), or of parquet files"
+    )
+
+
+def _expected(entry: Entry, split: str) -> str:
+    layouts = (layout.folders.get(ALL if _is_study(split) else split, ()) for layout in entry.layouts)
+    return ", or ".join(" and ".join(folders) for folders in layouts if folders)
+
+
+def _is_study(split: str) -> bool:
+    return split.startswith(f"{PREFIX}:") or split == PREFIX
+
+
+def _archive(entry: Entry, layout: Layout, root: Path, split: str, *, labelled: bool) -> Part:
+    """From the unpacked archive."""
+    images = study_split(layout.images(root, ALL), split) if _is_study(split) else layout.images(root, split)
+    if not images:
+        raise UserError(f"{str(root)!r} has no images in {_expected(entry, split)}; unpack {entry.archive} there")
+    if labelled and not layout.has_labels(root, images[0]):
+        expected = " or ".join(str(root / way.of(images[0])) for way in layout.labels)
+        raise UserError(
+            f"{entry.title} {split} in {str(root)!r} has images without labels, which would be {expected}; "
+            "unpack the labels there, too"
+        )
+
+    def label(index: int) -> LabelOf:
+        file, values = layout.label(root, images[index])
+        return LabelOf(file, printable(str(file)), values)
+
+    return Part(entry, [printable(name) for name in images], lambda index: root / images[index], label)
+
+
+def _hub(wanted: Named, copy: HubCopy, split: str, *, labelled: bool) -> Part:
+    """The copy on the Hub that the catalog knows."""
+    try:
+        rows = load_hub_split(copy.id, copy.config, split)
+    except Exception as error:  # no connection, a moved data set, a broken cache, ...
+        raise UserError(
+            f"the copy of {wanted.entry.title} on the Hub, {copy.id}, cannot be loaded ({first_line(error)}); check "
+            f"the connection, or get {wanted.entry.archive} and give --data {wanted.entry.name}:FOLDER"
+        ) from error
+    return _rows(wanted, rows, copy.image, copy.label if labelled else None, folder=None)
+
+
+def _any_hub(wanted: Named, hub_id: str, split: str, *, labelled: bool) -> Part:
+    """A data set of the Hub that the user says to be a copy."""
+    try:
+        splits = datasets.load_dataset(hub_id)
+    except Exception as error:  # as above
+        raise UserError(
+            f"data {str(wanted)!r} names {hub_id!r}, neither a folder nor a loadable Hub data set "
+            f"({first_line(error)}); check the spelling and the connection"
+        ) from error
+    return _chosen(wanted, splits, split, labelled=labelled, folder=None)
+
+
+def _tables(wanted: Named, folder: Path, split: str, *, labelled: bool) -> Part:
+    """Parquet files, whose names tell their splits."""
+    try:
+        splits = datasets.load_dataset("parquet", data_dir=str(folder))
+    except Exception as error:  # broken files, files of different columns, ...
+        raise UserError(f"{str(folder)!r} cannot be read ({first_line(error)}); repair or write it again") from error
+    return _chosen(wanted, splits, split, labelled=labelled, folder=folder)
+
+
+def _chosen(wanted: Named, splits: Any, split: str, *, labelled: bool, folder: Path | None) -> Part:
+    """A split of tables and its columns, by their usual names."""
+    name = next((name for name in OTHER_NAMES.get(split, ()) if name in splits), None)
+    if name is None:
+        raise UserError(f"{wanted} has no split {split!r}; its tables have {', '.join(splits)}")
+    rows = splits[name]
+    columns = picture_columns(rows.features)
+    label = next((name for name in LABEL_COLUMNS if name in columns), None)
+    image = "image" if "image" in columns else next((name for name in columns if name != label), None)
+    if label is None and len(columns) == 2:
+        label = next(name for name in columns if name != image)
+    if image is None or (labelled and label is None):
+        raise UserError(
+            f"{wanted} has no column of {'labels' if image else 'images'} among {', '.join(rows.features)}; give "
+            f"tables with the pictures 'image' and 'label' (or {', '.join(LABEL_COLUMNS[1:])})"
+        )
+    return _rows(wanted, rows, image, label if labelled else None, folder=folder)
+
+
+def _rows(wanted: Named, rows: Any, image: str, label: str | None, *, folder: Path | None) -> Part:
+    """A part of the rows of a table; without a column of labels it has none."""
+    rows = undecoded(rows, [image] if label is None else [image, label])
+    names = [f"{index:06d}" for index in range(len(rows))]
+
+    def label_of(index: int) -> LabelOf:
+        cell = rows[index][label] if label is not None else None
+        if cell is None:
+            raise ValueError("the row has no label")
+        return LabelOf(picture_file(cell, folder), f"of row {index}", wanted.entry.values)
+
+    return Part(wanted.entry, names, lambda index: picture_file(rows[index][image], folder), label_of)

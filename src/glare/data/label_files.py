@@ -1,0 +1,44 @@
+"""The values in a label's file, whatever its depth: one channel, the size of its image."""
+
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from glare.data.opening import open_picture, reason_of
+
+GREY_STEPS = {"L;2": 85, "L;4": 17}
+"""Pillow spreads grey PNGs of 2 and 4 bits to 0..255 by these factors."""
+
+
+def read_indices(file: Path | BytesIO, name: str, size: tuple[int, int]) -> NDArray[Any]:
+    """The values of a picture of one channel and this size; of a palette picture, the indices."""
+    if isinstance(file, Path) and not file.is_file():
+        raise ValueError(f"it has no label {name}; add that file or remove the image")
+    try:
+        label = open_picture(file)
+    except Exception as error:  # Pillow's readers let almost any exception out on a broken file
+        raise _unreadable(name, error) from error
+    with label:
+        if len(label.getbands()) > 1 or label.mode == "F":
+            raise ValueError(
+                f"its label {name} is a colour picture (mode {label.mode}); "
+                "write a PNG with one channel that holds the class index of every pixel"
+            )
+        if label.size != size:  # known before it is decoded
+            raise ValueError(
+                f"its label {name} has {label.width} x {label.height} px, the image {size[0]} x {size[1]}; "
+                "give them the same size"
+            )
+        try:
+            step = GREY_STEPS.get(str(label.tile[0].args), 1) if label.tile else 1
+            values = np.asarray(label)
+        except Exception as error:
+            raise _unreadable(name, error) from error
+    return values // step if step > 1 else values.astype(np.int64)
+
+
+def _unreadable(name: str, error: Exception) -> ValueError:
+    return ValueError(f"its label {name} cannot be read ({reason_of(error)}); write it again as PNG")

@@ -1,0 +1,80 @@
+"""The study's script: what it runs, leaves out and writes; and that its budgets are parts of each other."""
+
+import json
+import runpy
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from labelled_samples import write_labelled
+from PIL import Image
+from tiny_models import tiny_config
+
+from glare.data.labelled import draw_images, open_labelled
+
+SCRIPT = Path(__file__).parents[1] / "training" / "pets_study.py"
+SMALL = ["steps=2", "batch_size=2", "report_to=none", "device=cpu", "precision=fp32", "log_every=1"]
+
+
+def study(tmp_path: Path, *given: str) -> None:
+    jobs = {name: [f"{name}.{item}" for item in SMALL] for name in ("simmim", "classify", "finetune")}
+    settings = [*jobs["simmim"], *jobs["classify"], *jobs["finetune"], "classify.crop_size=16", "finetune.crop_size=16"]
+    settings += ["simmim.views.global_size=16", "simmim.views.local_size=16"]
+    places = ["--data", str(tmp_path / "labelled"), "--train-split", "train", "--test-split", "test"]
+    places += ["--vit", str(tmp_path / "vit.json"), "--output", str(tmp_path / "runs")]
+    sys.argv = [str(SCRIPT), *places, *given, "--set", *settings]
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(sys, "argv", [])
+    (tmp_path / "vit.json").write_text(json.dumps(tiny_config(num_hidden_layers=1).to_dict()))
+    write_labelled(tmp_path / "labelled" / "train", 5)
+    write_labelled(tmp_path / "labelled" / "test", 2)
+    rng = np.random.default_rng(0)
+    for name in ("forest", "street"):
+        (tmp_path / "scenes" / name).mkdir(parents=True)
+        for number in range(2):
+            noise = rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)
+            Image.fromarray(noise).save(tmp_path / "scenes" / name / f"{number}.png")
+    return tmp_path
+
+
+def test_it_runs_what_is_not_done_and_writes_table_and_picture(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scenes = str(data / "scenes")
+    given = ["--pretrain", f"small={scenes}", "--classify-data", scenes, "--classify-val", scenes, "--seeds", "0"]
+    study(data, *given, "--budgets", "2")
+    runs = data / "runs"
+    assert capsys.readouterr().out.count("== ") == 5
+    before = {file: file.read_bytes() for file in runs.rglob("*.safetensors")}
+    study(data, *given, "--budgets", "2", "4")
+    assert capsys.readouterr().out.count("== ") == 3  # the second budget of each start
+    assert all(file.read_bytes() == content for file, content in before.items())
+    found = json.loads((runs / "study.json").read_text())
+    starts = ["none", "small", "small, then classes"]
+    assert [(row["start"], row["budget"]) for row in found["rows"]] == [(s, b) for s in starts for b in (2, 4)]
+    assert all(row["num_images"] == 2 and 0 <= row["miou"] <= 1 for row in found["rows"])
+    assert found["accuracy"].keys() == {"classify_small"}
+    with Image.open(runs / "study.png") as picture:
+        assert picture.size == (900, 480)
+    recipe = (runs / "finetune" / "small_then_classes_4_0" / "recipe.yaml").read_text()
+    assert "num_images: 4" in recipe and "model: " + str(runs / "classify_small") in recipe
+
+
+def test_a_job_that_fails_ends_it_with_its_code(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        study(data, "--budgets", "6", "--seeds", "0")
+    assert stopped.value.code == 2 and "num_images is 6, but there are only 5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_budget_is_part_of_every_larger_one_of_its_seed(tmp_path: Path, seed: int) -> None:
+    write_labelled(tmp_path, 12)
+    whole = open_labelled(str(tmp_path))
+    drawn = [set(draw_images(whole, count, seed=seed).names) for count in (1, 3, 6, 12)]
+    assert [len(names) for names in drawn] == [1, 3, 6, 12]
+    assert all(small < large for small, large in pairwise(drawn))
+    assert drawn[1] != set(draw_images(whole, 3, seed=seed + 5).names)
