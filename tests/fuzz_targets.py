@@ -22,8 +22,10 @@ from glare.comparison_data import groups_of, open_pool
 from glare.comparison_models import recipe_of
 from glare.comparison_recipe import CompareRecipe
 from glare.curves import read_curves
+from glare.data.geotiff import is_installed
 from glare.data.labelled import open_labelled
 from glare.data.listing import EXTENSIONS
+from glare.data.raster_windows import RasterReading
 from glare.data.sources import open_source
 from glare.finetune import FinetuneRecipe
 from glare.foreign_weights import read_checkpoint, state_dict_in
@@ -62,7 +64,14 @@ class Target:
 def targets() -> dict[str, Target]:
     """All targets by name."""
     with tempfile.TemporaryDirectory() as scratch:
-        return {**_images(), **_labelled(), **_texts(), **_models(Path(scratch)), **_weights(Path(scratch))}
+        return {
+            **_images(),
+            **_geotiffs(),
+            **_labelled(),
+            **_texts(),
+            **_models(Path(scratch)),
+            **_weights(Path(scratch)),
+        }
 
 
 def encoded(kind: str, *, seed: int = 0) -> list[bytes]:
@@ -96,6 +105,35 @@ def _images() -> dict[str, Target]:
         source.read(0, short_side=4)
 
     return {f"image.{name}": Target(f"a.{name}", encoded(KINDS[name]), read) for name in EXTENSIONS}
+
+
+def _geotiffs() -> dict[str, Target]:
+    """Many bands, in tiles or strips, with nodata; none without the extra that reads them."""
+    if not is_installed():
+        return {}
+    import rasterio
+
+    found = []
+    kinds: list[dict[str, Any]] = [
+        {"dtype": "uint16", "nodata": 0, "tiled": True, "blockxsize": 16, "blockysize": 16, "compress": "deflate"},
+        {"dtype": "uint8", "compress": "lzw", "blockysize": 3},
+        {"dtype": "float32", "interleave": "band", "nodata": float("nan")},
+        {"dtype": "int16", "BIGTIFF": "YES", "predictor": 2, "compress": "zstd"},
+    ]
+    for kind in kinds:
+        values = np.random.default_rng(2).integers(0, 100, (5, 33, 47)).astype(kind["dtype"])
+        size = {"count": 5, "height": 33, "width": 47, "transform": rasterio.Affine(2, 0, 1, 0, -2, 1)}
+        with rasterio.MemoryFile() as memory:
+            with memory.open(driver="GTiff", **size, **kind) as raster:
+                raster.write(values)
+            found.append(memory.read())
+
+    def read(folder: Path) -> None:
+        source = open_source(str(folder), raster=RasterReading(tile=20))
+        for index in range(min(3, len(source))):
+            source.read(index)
+
+    return {"GeoTIFF": Target("a.tif", found, read)}
 
 
 def _labelled() -> dict[str, Target]:

@@ -20,7 +20,7 @@ from glare.recipes import from_dict
 from glare.train_state import clip_each
 
 ELSEWHERE = {"window", "stride"}
-"""Numbers that ``inference.Tiling`` checks, the one beside the other."""
+"""Numbers that ``dense_inference.Sweep`` checks, the one beside the other."""
 
 NEEDED: dict[type[Any], dict[str, Any]] = {
     PretrainRecipe: {"backbone": "b", "data": "d", "output": Path("o")},

@@ -88,7 +88,8 @@ def run(recipe: CompareRecipe) -> Comparison:
     for model in given:
         load(model, base)
     data = (recipe.data, *recipe.forgetting)
-    pools = [open_pool(name, match=recipe.match if name == recipe.data else None) for name in data]
+    matches = [recipe.match if name == recipe.data else None for name in data]
+    pools = [open_pool(name, match=match, raster=recipe.raster) for name, match in zip(data, matches, strict=True)]
     folder = RunFolder(recipe.output, write=True)
     job = Job(recipe, accelerator, base, read_normalisation(recipe.base), folder)
     subjects = [open_subject(job, *numbered) for numbered in zip(range(len(data)), data, pools, strict=True)]

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from glare.data.labelled import LabelledSet, default_split, open_labelled
+from glare.data.raster_windows import AS_NEEDED, RasterReading, file_of
 from glare.data.sources import matching
 from glare.errors import UserError, first_line
 from glare.paths import local_path
@@ -55,13 +56,14 @@ class Division:
     text: str
 
 
-def open_pool(data: str, *, match: str | None) -> Pool:
+def open_pool(data: str, *, match: str | None, raster: RasterReading = AS_NEEDED) -> Pool:
     """The images of the splits ``train`` and ``val`` of labelled data, or of all of it where it has no such.
 
     Of a data set of the catalog without val, ``val`` is its test.
     """
     found = {name: split for name in SPLITS if (split := default_split(data, name)) is not None}
-    sets = [open_labelled(data, split=split) for split in found.values()] or [open_labelled(data)]
+    sets = [open_labelled(data, split=split, raster=raster) for split in found.values()]
+    sets = sets or [open_labelled(data, raster=raster)]
     if any(part.classes != sets[0].classes for part in sets):
         raise UserError(f"train and val of {data!r} have different classes; give both the same classes.json")
     parts = [name for name, part in zip(found or [""], sets, strict=True) for _ in part.names]
@@ -140,7 +142,7 @@ def _read_column(folder: Path, column: str) -> dict[str, str] | None:
 
 
 def _look_up(table: dict[str, str], name: str, column: str) -> str:
-    file = name if name in table else Path(name).name
+    file = next((found for found in (name, file_of(name)) if found in table), file_of(Path(name).name))
     if file not in table:
         raise UserError(f"{METADATA} has no line for {name!r}, so its {column!r} is not known; add one")
     return table[file]

@@ -5,9 +5,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from glare.comparison_probes import PROBES
+from glare.data.raster_windows import RasterReading
 from glare.recipes import option, required
 from glare.runtime import DEVICES, PRECISIONS
 from glare.segmenters import HEADS
+from glare.typed_values import written
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class CompareRecipe:
     device: str = option("auto", "where to run", choices=DEVICES)
     precision: str = option("auto", "auto: bf16 where the processor has it", choices=PRECISIONS)
     resume: bool = option(False, "go on in the output folder; what is measured there is not measured again")
+    raster: RasterReading = option(RasterReading(), "GeoTIFFs")
 
     def __post_init__(self) -> None:
         least = {"controls": 3, "seeds": 1, "folds": 2, "num_images": 2, "short_side": 1}
@@ -53,7 +56,8 @@ class CompareRecipe:
         words = ["glare", "compare"]
         for field in fields(self):
             value = getattr(self, field.name)
-            if value != field.default:
+            if value != field.default and field.name != "raster":
                 words.append(f"--{field.name.replace('_', '-')}")
                 words += map(str, value) if isinstance(value, tuple) else [] if value is True else [str(value)]
-        return shlex.join(words)
+        given = {name: value for name, value in vars(self.raster).items() if value is not None}
+        return shlex.join(words + [f"raster.{name}={written(value)}" for name, value in given.items()])

@@ -11,6 +11,7 @@ from PIL import Image
 from glare.data.cache import Reading
 from glare.data.catalog import named
 from glare.data.labelled import IGNORE_INDEX, LabelledSet, default_split, open_labelled
+from glare.data.raster_windows import AS_NEEDED, RasterReading
 from glare.data.sources import BadImage, Images
 from glare.errors import UserError
 from glare.near_duplicates import Twin, repeats, thumbnail, twins
@@ -109,7 +110,13 @@ class _Tally:
 
 
 def check_data(
-    source: Images, data: str, *, short_side: int | None, workers: int | None = None, progress: bool = False
+    source: Images,
+    data: str,
+    *,
+    short_side: int | None,
+    workers: int | None = None,
+    progress: bool = False,
+    raster: RasterReading = AS_NEEDED,
 ) -> DataCheck:
     """Read all images once, and their labels where ``data`` is a labelled folder; only thumbnails stay in memory.
 
@@ -119,11 +126,12 @@ def check_data(
         short_side: px to which training reduces a longer short side, so that no larger image need be decoded.
         workers: decoding threads, by default one per core up to 8.
         progress: show a progress bar.
+        raster: how GeoTIFFs are read.
 
     Raises:
         UserError: not one image can be read.
     """
-    tallies, labelled = _label_sets(data)
+    tallies, labelled = _label_sets(data, raster)
     names: list[str] = []
     kept: list[_Measured] = []
 
@@ -158,7 +166,7 @@ def split_of(name: str) -> str:
     return split if images else ""
 
 
-def _label_sets(data: str) -> tuple[dict[str, _Tally], dict[str, tuple[LabelledSet, int]]]:
+def _label_sets(data: str, raster: RasterReading) -> tuple[dict[str, _Tally], dict[str, tuple[LabelledSet, int]]]:
     """An empty tally for each labelled split of a folder; and set and index of each labelled image, by its name."""
     if named(data) is not None:
         return _archive_labels(data)
@@ -170,7 +178,7 @@ def _label_sets(data: str) -> tuple[dict[str, _Tally], dict[str, tuple[LabelledS
         if not _has_labels(part):
             continue
         try:
-            found = open_labelled(data, split=split or None)
+            found = open_labelled(data, split=split or None, raster=raster)
         except UserError as error:
             tallies[split] = _Tally(unusable=[(str(part / "labels"), str(error))])
             continue

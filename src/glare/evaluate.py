@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from glare import recipes
 from glare.data.labelled import LabelledSet, open_labelled
 from glare.data.labelled import default_split as default_split
+from glare.data.raster_windows import RasterReading
 from glare.data.sources import BadImage
 from glare.dense_inference import Sweep, asked, logits, sweep_for
 from glare.errors import UserError
@@ -55,6 +56,7 @@ class EvaluateRecipe:
     strict: bool = option(False, "stop at the first unreadable image instead of skipping it")
     device: str = option("auto", "where to run", choices=DEVICES)
     precision: str = option("auto", "auto: bf16 where the processor has it", choices=PRECISIONS)
+    raster: RasterReading = option(RasterReading(), "GeoTIFFs")
 
     def __post_init__(self) -> None:
         asked(self)
@@ -70,12 +72,14 @@ def run(recipe: EvaluateRecipe) -> SegmentationScores:
     accelerator = make_accelerator(device=recipe.device, precision=recipe.precision, report_to="none", output=Path())
     model, normalise = load_segmenter(recipe.model, device=accelerator.device)
     split = recipe.split or default_split(recipe.data, "val")
-    data = open_labelled(recipe.data, split=split, match=recipe.match)
+    data = open_labelled(recipe.data, split=split, match=recipe.match, raster=recipe.raster)
     check_classes(class_names(model), data.classes, model=recipe.model, data=recipe.data)
     sweep = sweep_for(model, recipe)
     with accelerator.autocast():
         scores, skipped = evaluate(model, data, normalise=normalise, sweep=sweep, strict=recipe.strict)
     num_images = len(data) - len(skipped)
+    if not num_images:
+        raise UserError(f"none of the {len(data)} images can be used; {skipped[0][0]}, for example: {skipped[0][1]}")
     print(table(scores, num_images=num_images, skipped=skipped))
     if recipe.json is not None:
         about = {"data": recipe.data, "split": split, "match": recipe.match, "model": recipe.model}

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from glare.crops import PackedImages, fits, subset
 from glare.data.cache import memory_budget, pack, skipped_lines
+from glare.data.raster_windows import AS_NEEDED, RasterReading
 from glare.data.sources import Images, fit, open_source
 from glare.data.streaming import SHUFFLE_BUFFER, Stream
 from glare.data.tables import Table, open_table, streamable
@@ -43,10 +44,12 @@ class Feed:
     """Step to begin with -> this process's share of each batch: a pack, on the device where it fits, and indices."""
 
 
-def open_images(data: str, *, match: str | None, streaming: bool | None) -> Images | Table:
+def open_images(
+    data: str, *, match: str | None, streaming: bool | None, raster: RasterReading = AS_NEEDED
+) -> Images | Table:
     """What ``data`` names: a table that is streamed if that is wished for and possible, else as `open_source`."""
     if not (streaming and streamable(data)):
-        return open_source(data, match=match)
+        return open_source(data, match=match, raster=raster)
     if match is not None:
         raise UserError(
             f"match {match!r} chooses files, and data {data!r} is streamed as a table; leave one of them out"

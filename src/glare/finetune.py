@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from glare import ranges, recipes
 from glare.agreement import check_agreement
 from glare.data.labelled import LabelledSet, PackedLabelled, draw_images, open_labelled, pack_labelled
+from glare.data.raster_windows import RasterReading
 from glare.dense_inference import asked, check_scale, remember
 from glare.disk_space import room_for
 from glare.drop_path import drop_paths
@@ -115,6 +116,7 @@ class FinetuneRecipe:
     num_workers: int = option(8, "threads that decode images")
     report_to: str = option("tensorboard", "trackers besides metrics.jsonl", choices=TRACKERS)
     resume: bool = option(False, "go on from the last checkpoint of the output folder")
+    raster: RasterReading = option(RasterReading(), "GeoTIFFs")
 
     def __post_init__(self) -> None:
         asked(self)
@@ -258,7 +260,7 @@ def run_seeds(recipe: FinetuneRecipe) -> dict[str, Any]:
 def open_data(recipe: FinetuneRecipe) -> tuple[LabelledSet, LabelledSet | None]:
     """What to train on and, where there is a part for it, what to evaluate on. Raises UserError if classes differ."""
     split = recipe.train_split or default_split(recipe.data, "train")
-    train = open_labelled(recipe.data, split=split, match=recipe.match)
+    train = open_labelled(recipe.data, split=split, match=recipe.match, raster=recipe.raster)
     if recipe.num_images is not None:
         train = draw_images(train, recipe.num_images, seed=recipe.seed)
     data, val_split = val_part(recipe)
@@ -266,7 +268,7 @@ def open_data(recipe: FinetuneRecipe) -> tuple[LabelledSet, LabelledSet | None]:
         if recipe.eval_every is not None:
             raise UserError("eval_every needs a validation part: give --val-split, --val-match or --val-data")
         return train, None
-    val = open_labelled(data, split=val_split, match=recipe.val_match)
+    val = open_labelled(data, split=val_split, match=recipe.val_match, raster=recipe.raster)
     if val.classes != train.classes:
         raise UserError(
             f"the classes differ: the training data has {', '.join(train.classes)}, the validation data has "

@@ -1,7 +1,7 @@
 """``glare predict``: segment images of any size; and what a segmentation model has to be."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -14,12 +14,15 @@ from transformers import AutoModelForSemanticSegmentation, PreTrainedModel
 from glare import recipes
 from glare.backbones import check_size, read_config, read_normalisation
 from glare.configuration_glare import GlareConfig
+from glare.data.geotiff import Raster
 from glare.data.labelled import MAX_CLASSES, distinct_colours
+from glare.data.raster_windows import WHOLE, RasterReading
 from glare.data.sources import BadImage, open_source
-from glare.dense_inference import asked, segment, sweep_for, sweep_of
+from glare.dense_inference import Sweep, asked, segment, sweep_for, sweep_of
 from glare.errors import UserError
 from glare.figures import annotated
 from glare.model_names import explained, place_of
+from glare.raster_prediction import predict_raster
 from glare.recipes import option, required
 from glare.run_folder import RunFolder, atomic_write_png
 from glare.runtime import DEVICES, PRECISIONS, make_accelerator
@@ -44,9 +47,12 @@ class PredictRecipe:
     strict: bool = option(False, "stop at the first unreadable image instead of skipping it")
     device: str = option("auto", "where to run", choices=DEVICES)
     precision: str = option("auto", "auto: bf16 where the processor has it", choices=PRECISIONS)
+    raster: RasterReading = option(RasterReading(), "GeoTIFFs")
 
     def __post_init__(self) -> None:
         asked(self)
+        if self.raster.tile is not None:
+            raise ValueError(f"raster.tile is {self.raster.tile}, but windows are those of --window here; give that")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -61,7 +67,8 @@ def predict(recipe: PredictRecipe) -> list[tuple[str, str]]:
     is nothing to segment or the output folder is in use.
     """
     RunFolder.check(recipe.output)
-    sources = [open_source(images) for images in recipe.images]
+    whole = replace(recipe.raster, tile=WHOLE)
+    sources = [open_source(images, raster=whole) for images in recipe.images]
     accelerator = make_accelerator(device=recipe.device, precision=recipe.precision, report_to="none", output=Path())
     model, normalise = load_segmenter(recipe.model, device=accelerator.device)
     sweep = sweep_for(model, recipe)
@@ -70,6 +77,12 @@ def predict(recipe: PredictRecipe) -> list[tuple[str, str]]:
     total = sum(map(len, sources))
     for source, index in tqdm([(s, i) for s in sources for i in range(len(s))], desc="predict", unit="image"):
         try:
+            if (raster := source.raster(index)) is not None:
+                recipe.output.mkdir(parents=True, exist_ok=True)
+                with accelerator.autocast():
+                    stem = recipe.output / free_stem(source.name(index), taken)
+                    write_raster_prediction(stem, raster, model=model, normalise=normalise, sweep=sweep)
+                continue
             image = source.read(index)
         except BadImage as bad:
             if recipe.strict:
@@ -115,6 +128,24 @@ def write_prediction(
     indices.putpalette(colours.tobytes())
     for ending, picture in zip(ENDINGS, (indices, annotated(image, label, class_names(model), colours)), strict=True):
         atomic_write_png(folder / f"{stem}{ending}", picture)
+
+
+def write_raster_prediction(
+    stem: Path, raster: Raster, *, model: PreTrainedModel, normalise: Normalisation, sweep: Sweep
+) -> None:
+    """Segment a raster by windows into ``<stem>.tif`` and ``<stem>_overlay.png``; BadImage if it cannot be read.
+
+    At its native size: a test scale is one of whole pictures.
+    """
+    native = replace(sweep, test_scale=None)
+    predict_raster(
+        raster,
+        native.windows((raster.height, raster.width)),
+        lambda window: segment(model, [window], normalise=normalise, sweep=native)[0],
+        files=(stem.with_name(f"{stem.name}.tif"), stem.with_name(f"{stem.name}{ENDINGS[1]}")),
+        classes=class_names(model),
+        colours=palette(model),
+    )
 
 
 def load_segmenter(name: str, *, device: torch.device) -> tuple[PreTrainedModel, Normalisation]:

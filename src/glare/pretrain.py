@@ -15,7 +15,7 @@ from tqdm import tqdm
 from glare import checkpoints, ranges, recipes, region_attention
 from glare.agreement import check_agreement
 from glare.backbones import ADAPTERS, adapt, load_backbone, read_normalisation
-from glare.data.sources import Images
+from glare.data.sources import Images, RasterReading
 from glare.disk_space import room_for
 from glare.errors import UserError
 from glare.feed import open_feed, open_images
@@ -125,6 +125,7 @@ class PretrainRecipe:
     num_workers: int | None = option(None, "threads that decode images; one a core where not given")
     report_to: str = option("tensorboard", "trackers besides metrics.jsonl", choices=TRACKERS)
     resume: bool = option(False, "go on from the last checkpoint of the output folder")
+    raster: RasterReading = option(RasterReading(), "GeoTIFFs")
     views: ViewConfig = option(ViewConfig(), "views")
     glare: GlareSettings = option(GlareSettings(), "objective")
 
@@ -158,7 +159,7 @@ def run(signals: Signals, given: Mapping[str, Any]) -> Path:
     # data, model, and the settings that depend on them
     torch.manual_seed(recipe.seed)  # of a config.json the weights are drawn
     model, normalise = load_backbone(recipe.backbone), read_normalisation(recipe.backbone)
-    source = open_images(recipe.data, match=recipe.match, streaming=recipe.streaming)
+    source = open_images(recipe.data, match=recipe.match, streaming=recipe.streaming, raster=recipe.raster)
     num_images = len(source) if isinstance(source, Images) else None
     recipe, derived = resolve(given, num_images=num_images, patch_size=model.patch_size, accelerator=accelerator)
     plan, feed = Plan.of(recipe), open_feed(source, recipe, accelerator)
@@ -307,8 +308,7 @@ def resolve(
             f"select health chooses among checkpoints, and with checkpoint_every {recipe.checkpoint_every} a run of "
             f"{steps} steps writes one; give --checkpoint-every {max(1, steps // 6)}"
         )
-    chosen = {key: value for key, value in flatten(derived).items() if key not in flatten(known)}
-    return recipe, chosen
+    return recipe, {key: value for key, value in flatten(derived).items() if key not in flatten(known)}
 
 
 def make_student(model: GlareModel, recipe: PretrainRecipe) -> Student:

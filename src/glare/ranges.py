@@ -52,6 +52,9 @@ RANGES = {
     "drop_path": "[0, 1)",
     "base_scale": "[1, 16384]",
     "test_scale": "[1, 16384]",
+    # GeoTIFFs
+    "tile": "[0, 13377]",  # no window has more than opening.MAX_PIXELS
+    "bands": "[1, inf)",
     # classification
     "mixup": "[0, inf)",
     "area": "(0, 1]",

@@ -220,15 +220,16 @@ def run_folder_of(path: str) -> Path | None:
 
 def atomic_write_text(path: Path, text: str) -> None:
     """Write a file so that it is there whole or as it was before."""
-    _atomic_write(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    atomic_write(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def atomic_write_png(path: Path, picture: Image.Image) -> None:
     """Write a picture so that its file is there whole or as it was before."""
-    _atomic_write(path, lambda partial: picture.save(partial, format="PNG"))
+    atomic_write(path, lambda partial: picture.save(partial, format="PNG"))
 
 
-def _atomic_write(path: Path, write: Callable[[Path], object]) -> None:
+def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file so that it is there whole or as it was before; ``write`` gets the name to write it under."""
     partial = _partial(path)
     with room_for(path):
         try:

@@ -17,10 +17,13 @@ from glare.crops import PackedImages
 from glare.data.archives import Part, open_part
 from glare.data.cache import PixelStore, Reading, check_short_side, packed_images, shrink
 from glare.data.catalog import check_unnamed, named, suggestion
+from glare.data.geotiff import SUFFIXES, Reader
 from glare.data.label_files import read_indices
 from glare.data.landcover import parse_landcover
 from glare.data.listing import image_names
 from glare.data.opening import open_picture
+from glare.data.raster_windows import AS_NEEDED, RasterReading, list_parts
+from glare.data.raster_windows import Part as Picture
 from glare.data.sources import BadImage, Images, folder_images, matching
 from glare.errors import UserError, shortened
 from glare.paths import kind_of, local_path, printable
@@ -81,16 +84,19 @@ class PackedLabelled:
     skipped: list[tuple[str, str]]
 
 
-def open_labelled(data: str, *, split: str | None = None, match: str | None = None) -> LabelledSet:
+def open_labelled(
+    data: str, *, split: str | None = None, match: str | None = None, raster: RasterReading = AS_NEEDED
+) -> LabelledSet:
     """List the labelled images that ``data`` names.
 
     Args:
-        data: a folder with ``[split/]images``, ``[split/]labels`` (PNGs of class indices, named like the images)
-            and ``classes.json``, a data set of the catalog (``ade20k``, ``loveda:FOLDER``), or
+        data: a folder with ``[split/]images``, ``[split/]labels`` (PNGs or TIFFs of class indices, named like the
+            images) and ``classes.json``, a data set of the catalog (``ade20k``, ``loveda:FOLDER``), or
             ``landcover:<domain>[:count[:seed]]``.
         split: sub-folder of ``data``, or train, val or test of the catalog's; None takes the images of ``data``
             itself, or its only split.
         match: globs on file stems, comma-separated, a leading ``!`` excludes.
+        raster: how GeoTIFFs are read.
 
     Raises:
         UserError: there is no such data or split, it is not laid out like this, or ``match`` selects none.
@@ -101,7 +107,7 @@ def open_labelled(data: str, *, split: str | None = None, match: str | None = No
     elif (wanted := named(data)) is not None:
         found = _archived(open_part(wanted, split, labelled=True))
     else:
-        found = _folder(_split_folder(path, split))
+        found = _folder(_split_folder(path, split), raster)
     return found.subset(matching(found.names, match, data=data))
 
 
@@ -238,28 +244,33 @@ def _split_folder(data: Path, split: str | None) -> Path:
     return data / splits[0]
 
 
-def _folder(folder: Path) -> LabelledSet:
+def _folder(folder: Path, raster: RasterReading) -> LabelledSet:
     names = image_names(folder / "images")
     if not names:
         raise UserError(f"folder {str(folder / 'images')!r} holds no images; {LAYOUT}")
-    images = folder_images(folder / "images", names)
+    parts = list_parts(folder / "images", names, raster)
+    images = folder_images(parts)
     classes, palette, ignore = _read_classes(folder)
+    reader = Reader()  # of its own, so that the images' stays at its file
 
     def load(index: int) -> Labelled:
         image = images.read(index)
-        file = (folder / "labels" / names[index]).with_suffix(".png")
         try:
-            return image, _read_label(file, image.size, num_classes=len(classes), ignore=ignore)
+            return image, _read_label(parts[index], folder, image.size, reader, num_classes=len(classes), ignore=ignore)
         except ValueError as error:
             raise BadImage(images.name(index), str(error)) from error
 
     return LabelledSet(classes, palette, images.names, load)
 
 
-def _read_label(file: Path, size: tuple[int, int], *, num_classes: int, ignore: int) -> NDArray[np.uint8]:
+def _read_label(
+    part: Picture, folder: Path, size: tuple[int, int], reader: Reader, *, num_classes: int, ignore: int
+) -> NDArray[np.uint8]:
     """Class indices (h, w) with 255 for ``ignore``; ValueError says what is wrong with the file."""
+    file = part.label_file(folder / "images", folder / "labels")
     name = printable(str(file))
-    values = read_indices(file, name, size)
+    is_raster = part.raster is not None and file.suffix.lower() in SUFFIXES and file.is_file()
+    values = part.read_indices(file, reader, ignore=ignore) if is_raster else read_indices(file, name, size)
     ignored = values == ignore
     unknown = np.unique(values[~ignored & ((values < 0) | (values >= num_classes))])
     if unknown.size:

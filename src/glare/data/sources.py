@@ -18,14 +18,17 @@ from PIL import Image
 
 from glare.data.archives import open_part
 from glare.data.catalog import check_unnamed, named, suggestion
+from glare.data.geotiff import Raster
 from glare.data.landcover import parse_landcover
 from glare.data.listing import EXTENSIONS, extension_of, image_names
 from glare.data.listing import image_files as image_files
 from glare.data.listing import natural as natural
 from glare.data.opening import open_picture, reason_of
+from glare.data.raster_windows import AS_NEEDED, Parts, list_parts
+from glare.data.raster_windows import RasterReading as RasterReading
 from glare.data.tables import REMOTE, SHARDS, has_shards, open_table
 from glare.errors import UserError
-from glare.paths import kind_of, local_path, printable
+from glare.paths import kind_of, local_path
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 BEHIND_TRANSPARENT = (124, 116, 104)  # ImageNet's mean colour: no-data areas normalise to about 0
@@ -69,10 +72,14 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Images:
-    """A Source over images that Pillow opens: ``open_image(index)`` need not decode yet."""
+    """A Source over images that Pillow opens: ``open_image(index)`` need not decode yet.
+
+    ``parts``: of which file each is, and which part of it, where they are those of a folder.
+    """
 
     names: Sequence[str]
     open_image: Callable[[int], Image.Image]
+    parts: Parts | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -94,13 +101,18 @@ class Images:
         except Exception as error:  # Pillow's readers let almost any exception out on a broken file
             raise BadImage(self.names[index], reason_of(error)) from error
 
+    def raster(self, index: int) -> Raster | None:
+        """The GeoTIFF that image ``index`` is, or is a window of; None where Pillow reads it."""
+        return self.parts[index].raster if self.parts else None
+
     def subset(self, indices: Iterable[int]) -> "Images":
         """Only the images ``indices``, in that order."""
         kept = list(indices)
-        return Images([self.names[i] for i in kept], lambda index: self.open_image(kept[index]))
+        parts = self.parts.subset(kept) if self.parts else None
+        return Images([self.names[i] for i in kept], lambda index: self.open_image(kept[index]), parts)
 
 
-def open_source(data: str, *, match: str | None = None) -> Images:
+def open_source(data: str, *, match: str | None = None, raster: RasterReading = AS_NEEDED) -> Images:
     """List the images that ``data`` names.
 
     Args:
@@ -108,6 +120,7 @@ def open_source(data: str, *, match: str | None = None) -> Images:
             image, a parquet file or tar shard, a folder or address of them, a data set of the Hub as ``owner/name``
             (its ``train`` split, or the largest if there is none), or ``landcover:<domain>[:count[:seed]]``.
         match: globs on file stems, comma-separated, a leading ``!`` excludes: ``tile[134]_*,!tile1_003``.
+        raster: how the GeoTIFFs of folders are read.
 
     Raises:
         UserError: there is no such data, it holds no images, or ``match`` selects none.
@@ -115,9 +128,9 @@ def open_source(data: str, *, match: str | None = None) -> Images:
     path = local_path(data)
     kind = kind_of(path) if data else None
     if kind == "folder":
-        images = _open_folder(path)
+        images = _open_folder(path, raster)
     elif kind == "file":
-        images = _open_file(path)
+        images = _open_file(path, raster)
     elif data.partition(":")[0] == "landcover":
         scenes = parse_landcover(data)
         images = Images([scenes.name(i) for i in range(len(scenes))], scenes.read)
@@ -247,9 +260,9 @@ def _upright(rgb: Image.Image, original: Image.Image) -> Image.Image:
     return rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb
 
 
-def folder_images(folder: Path, names: Sequence[str]) -> Images:
-    """The files ``names`` of a folder, by their names as valid text."""
-    return Images([printable(name) for name in names], lambda index: open_picture(folder / names[index]))
+def folder_images(parts: Parts) -> Images:
+    """The pictures of a folder, as ``list_parts`` gives them."""
+    return Images(parts.names(), lambda index: parts[index].open_image(), parts)
 
 
 def table_images(data: str) -> Images:
@@ -258,10 +271,10 @@ def table_images(data: str) -> Images:
     return Images([f"{index:06d}" for index in range(len(table.rows))], lambda index: table.open(table.rows[index]))
 
 
-def _open_folder(folder: Path) -> Images:
+def _open_folder(folder: Path, raster: RasterReading) -> Images:
     check_unnamed(folder, otherwise="the folder of its images alone")
     if names := image_names(folder):
-        return folder_images(folder, names)
+        return folder_images(list_parts(folder, names, raster))
     if has_shards(folder):
         return table_images(str(folder))
     raise UserError(
@@ -270,11 +283,11 @@ def _open_folder(folder: Path) -> Images:
     )
 
 
-def _open_file(file: Path) -> Images:
+def _open_file(file: Path, raster: RasterReading) -> Images:
     extension = extension_of(file.name)
     if extension in SHARDS:
         return table_images(str(file))
     if extension in EXTENSIONS:
-        return folder_images(file.parent, [file.name])
+        return folder_images(list_parts(file.parent, [file.name], raster))
     allowed = ", ".join((*EXTENSIONS, *SHARDS))
     raise UserError(f"file {str(file)!r} is no image by its name; give a file named {allowed}, or a folder")

@@ -1,0 +1,219 @@
+"""The pictures of a folder, among which GeoTIFFs that Pillow cannot read are cut into windows.
+
+What Pillow reads is read by it, as ever, unless the user says how GeoTIFFs are to be read: then all TIFFs are rasters.
+"""
+
+import logging
+import math
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from glare import ranges
+from glare.data.geotiff import (
+    EXTRA,
+    SUFFIXES,
+    Box,
+    Raster,
+    Reader,
+    announced,
+    is_installed,
+    open_raster,
+    rasterio,
+    read_indices,
+)
+from glare.data.opening import open_picture, reason_of
+from glare.paths import kind_of, printable
+from glare.recipes import option
+
+logger = logging.getLogger(__name__)
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # its complaints are sentences of ours
+
+TILE_PX, WHOLE = 1024, 0
+MIN_SHARE = 0.5  # of the middle of a window that has to have data
+MAX_WINDOWS = 100_000  # of one file; more than a header lies about than anybody has
+MOST_LINES = 10
+TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+SAMPLES_PER_PIXEL = 277
+WINDOW = re.compile(r"@\d+,\d+$")
+
+
+@dataclass(frozen=True)
+class RasterReading:
+    """How GeoTIFFs are read that Pillow cannot; where windows or bands are given, all TIFFs are read like this."""
+
+    tile: int | None = option(None, "GeoTIFFs: largest side of the windows in px, 0 for none; 1024 where not given")
+    bands: tuple[int, int, int] | None = option(None, "GeoTIFFs: bands for red, green and blue; 1,2,3 where not given")
+
+    def __post_init__(self) -> None:
+        ranges.check(self)
+
+    @property
+    def asked(self) -> bool:
+        """Whether TIFFs are read like this that Pillow can read, too."""
+        return bool(self.tile) or self.bands is not None
+
+
+AS_NEEDED = RasterReading()
+
+
+@dataclass(frozen=True)
+class Part:
+    """A picture: a file for Pillow, the part ``box`` of a raster, or what cannot be read for a ``reason``."""
+
+    name: str
+    file: Path
+    raster: Raster | None = None
+    box: Box | None = None
+    reason: str = ""
+
+    @property
+    def cut(self) -> bool:
+        """Whether it is not all of its file."""
+        return self.raster is not None and self.box != self.raster.whole
+
+    def open_image(self) -> Image.Image:
+        """The picture, which need not be decoded yet. Raises ValueError and whatever Pillow lets out."""
+        if self.reason:
+            raise ValueError(self.reason)
+        if self.raster is None or self.box is None:
+            return open_picture(self.file)
+        return self.raster.read(self.box)
+
+    def label_file(self, images: Path, labels: Path) -> Path:
+        """The file of class indices of a picture of the folder ``images``, which need not be there.
+
+        A PNG of the same name, or a TIFF where there is one; of a picture that is cut, always a TIFF.
+        """
+        name = labels / self.file.relative_to(images)
+        tiffs = [name.with_suffix(suffix) for suffix in SUFFIXES]
+        files = tiffs if self.cut else [name.with_suffix(".png"), *tiffs]
+        return next((file for file in files if file.is_file()), files[0])
+
+    def read_indices(self, file: Path, reader: Reader, *, ignore: int) -> NDArray[np.int64]:
+        """Class indices (h, w) of this part of a raster in its label ``file``; ValueError if there are none."""
+        if self.raster is None or self.box is None:
+            raise ValueError(f"{self.name} is no raster")
+        try:
+            return read_indices(file, reader, self.box, self.raster.whole, ignore=ignore)
+        except ValueError as error:
+            raise ValueError(f"its label {printable(str(file))} cannot be used: {error}") from error
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The pictures of a folder; of those that are whole files for Pillow only the names are held, there are many."""
+
+    folder: Path
+    entries: Sequence[str | Part]
+
+    def __getitem__(self, index: int) -> Part:
+        entry = self.entries[index]
+        return Part(printable(entry), self.folder / entry) if isinstance(entry, str) else entry
+
+    def names(self) -> list[str]:
+        """What the pictures are called."""
+        return [printable(entry) if isinstance(entry, str) else entry.name for entry in self.entries]
+
+    def subset(self, indices: Sequence[int]) -> "Parts":
+        """Only these, in that order."""
+        return Parts(self.folder, [self.entries[index] for index in indices])
+
+
+def file_of(name: str) -> str:
+    """The file behind the name of a picture: ``scene.tif`` for scene.tif@0,1024."""
+    return WINDOW.sub("", name)
+
+
+def list_parts(folder: Path, names: Sequence[str], reading: RasterReading = AS_NEEDED) -> Parts:
+    """The files ``names`` of a folder; of TIFFs the header is read, and rasters are cut into windows and announced.
+
+    A window is called scene.tif@left,top, in px. Windows of a file are of one size, give or take a pixel, and do not
+    overlap; those of which the middle is mostly nodata are left out.
+    """
+    reader, parts, lines = Reader(), list[str | Part](), list[str]()
+    for name in names:
+        shown, file = printable(name), folder / name
+        if not _is_raster(file, reading):
+            parts.append(name)
+            continue
+        if not is_installed():
+            parts.append(Part(shown, file, reason=f"Pillow cannot read such a TIFF, rasterio can; {EXTRA}"))
+            continue
+        try:
+            raster = open_raster(file, reader, bands=reading.bands)
+            boxes = _grid(raster, reading.tile)
+            raster = raster.stretched()
+            kept = [box for box in boxes if raster.share_of_data(box) >= MIN_SHARE] if len(boxes) > 1 else boxes
+            if not kept:
+                raise ValueError("it is nodata nearly everywhere; remove it")
+        except (ValueError, OSError, OverflowError) as error:
+            parts.append(Part(shown, file, reason=reason_of(error)))
+            continue
+        lines.append(announced(raster, len(kept), len(boxes) - len(kept), name=shown))
+        for box in kept:
+            part = Part(shown, file, raster, box)
+            parts.append(replace(part, name=f"{shown}@{box.left},{box.top}") if part.cut else part)
+    _say(lines)
+    return Parts(folder, parts)
+
+
+def _is_raster(file: Path, reading: RasterReading) -> bool:
+    """Whether a file is a TIFF that Pillow reads not at all, or only the first band of."""
+    if file.suffix.lower() not in SUFFIXES or not _is_tiff(file):
+        return False
+    if reading.asked:
+        rasterio()
+        return True
+    try:
+        with open_picture(file) as picture:
+            samples = getattr(picture, "tag_v2", {}).get(SAMPLES_PER_PIXEL, 1)
+            return bool(len(picture.getbands()) == 1 < samples)
+    except MemoryError:
+        raise
+    except Exception:  # Pillow's readers let almost any exception out on what they cannot read
+        return True
+
+
+def _is_tiff(file: Path) -> bool:
+    if kind_of(file) != "file":
+        return False
+    try:
+        with file.open("rb") as stream:
+            return stream.read(4) in TIFF
+    except OSError:
+        return False
+
+
+def _grid(raster: Raster, tile: int | None) -> list[Box]:
+    """Windows of one size, give or take a pixel, row by row; their sides are at most ``tile``."""
+    side = TILE_PX if tile is None else tile or max(raster.width, raster.height)
+    columns, rows = math.ceil(raster.width / side), math.ceil(raster.height / side)
+    if columns * rows > MAX_WINDOWS:
+        raise ValueError(
+            f"{raster.width} x {raster.height} px are {columns * rows} windows, at most {MAX_WINDOWS} are read; "
+            "cut it into several files, or give a larger raster.tile"
+        )
+    across, down = _edges(raster.width, columns), _edges(raster.height, rows)
+    return [Box(left, top, width, height) for top, height in down for left, width in across]
+
+
+def _edges(length: int, count: int) -> list[tuple[int, int]]:
+    """Start and length of ``count`` equal parts of an axis."""
+    edges = [length * i // count for i in range(count + 1)]
+    return [(start, stop - start) for start, stop in pairwise(edges)]
+
+
+def _say(lines: list[str]) -> None:
+    """Announce rasters, once for all processes."""
+    if os.environ.get("RANK", "0") == "0":
+        more = [f"... and {len(lines) - MOST_LINES} more GeoTIFFs"] if len(lines) > MOST_LINES else []
+        for line in lines[:MOST_LINES] + more:
+            logger.warning(line)
