@@ -17,6 +17,7 @@ from glare.cli import main as glare_main
 from glare.data.labelled import LabelledSet, open_labelled
 from glare.evaluate import PASS_PIXELS, check_classes, confusion, evaluate, read_ahead, table, training_seed
 from glare.metrics import SegmentationScores
+from glare.split_scores import ScoreSplitter, SplitScores
 from glare.views import Normalisation
 
 NORMALISE = Normalisation()
@@ -184,3 +185,25 @@ def test_the_seed_comes_from_the_run_that_wrote_the_model(tmp_path: Path) -> Non
     (tmp_path / "run" / "recipe.yaml").write_text("seed: 5\nhead: fpn\n")
     assert training_seed(str(tmp_path / "run")) == training_seed(str(tmp_path / "run" / "model")) == 5
     assert training_seed("some/hub-id") is None
+
+
+def test_the_score_is_split_on_request(
+    data: Path, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entries = []
+    for index, words in enumerate(([], ["--split-scores"])):
+        written = tmp_path / f"{index}.json"
+        glare_main(["evaluate", "--model", str(model_folder), "--data", str(data), "--json", str(written), *words])
+        entries.append(json.loads(written.read_text()))
+    plain, split = entries
+    assert {name: split[name] for name in plain} == plain
+    assert plain["miou"] <= split["localization"] <= 1 and 0 < split["classification"] <= 1
+    printed = capsys.readouterr().out
+    assert printed.count("if an oracle named the outlines") == printed.count("mAP of which classes") == 1
+
+
+def test_right_colours_lack_neither_outlines_nor_names(data: Path) -> None:
+    labelled = open_labelled(str(data))
+    splitter = ScoreSplitter(labelled.classes)
+    confusion(NearestColour(), labelled, range(5), normalise=NORMALISE, splitter=splitter)  # type: ignore[arg-type]
+    assert splitter.result() == SplitScores(localization=1, classification=1)

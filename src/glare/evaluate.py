@@ -28,6 +28,7 @@ from glare.metrics import SegmentationScores, confusion_matrix
 from glare.recipes import option, required
 from glare.run_folder import atomic_write_json, run_folder_of
 from glare.runtime import DEVICES, PRECISIONS, make_accelerator
+from glare.split_scores import ScoreSplitter, SplitScores, presence_scores
 from glare.versions import versions
 from glare.views import Normalisation
 from glare.yaml_files import read_mapping
@@ -53,6 +54,7 @@ class EvaluateRecipe:
     test_scale: tuple[int, int] | None = option(None, "bring images to fit these two sides in px first, as 2048,512")
     ratios: tuple[float, ...] = option((1.0,), "factors on the images' size, as 0.5,1,1.5; the mean of the softmax")
     flip: bool = option(False, "the mean with the mirror images, too")
+    split_scores: bool = option(False, "what the score lacks in outlines and what in naming (LOCA, section 5.2)")
     strict: bool = option(False, "stop at the first unreadable image instead of skipping it")
     device: str = option("auto", "where to run", choices=DEVICES)
     precision: str = option("auto", "auto: bf16 where the processor has it", choices=PRECISIONS)
@@ -76,15 +78,20 @@ def run(recipe: EvaluateRecipe) -> SegmentationScores:
     check_classes(class_names(model), data.classes, model=recipe.model, data=recipe.data)
     sweep = sweep_for(model, recipe)
     with accelerator.autocast():
-        scores, skipped = evaluate(model, data, normalise=normalise, sweep=sweep, strict=recipe.strict)
+        splitter = ScoreSplitter(data.classes) if recipe.split_scores else None
+        matrix, skipped = confusion(
+            model, data, range(len(data)), normalise=normalise, sweep=sweep, strict=recipe.strict, splitter=splitter
+        )
     num_images = len(data) - len(skipped)
     if not num_images:
         raise UserError(f"none of the {len(data)} images can be used; {skipped[0][0]}, for example: {skipped[0][1]}")
-    print(table(scores, num_images=num_images, skipped=skipped))
+    scores = SegmentationScores.from_confusion(matrix, data.classes)
+    parts = splitter.result() if splitter else None
+    print(table(scores, num_images=num_images, parts=parts, skipped=skipped))
     if recipe.json is not None:
         about = {"data": recipe.data, "split": split, "match": recipe.match, "model": recipe.model}
         seed = training_seed(recipe.model)
-        entry = describe(scores, num_images=num_images, seed=seed, about=about, sweep=sweep)
+        entry = describe(scores, num_images=num_images, parts=parts, seed=seed, about=about, sweep=sweep)
         atomic_write_json(recipe.json, entry)
     return scores
 
@@ -110,16 +117,28 @@ def confusion(
     normalise: Normalisation,
     sweep: Sweep | None = None,
     strict: bool = False,
+    splitter: ScoreSplitter | None = None,
 ) -> tuple[Tensor, list[tuple[str, str]]]:
-    """Confusion matrix (classes, classes) int64 of the images ``indices``, and those that could not be read."""
+    """Confusion matrix (classes, classes) int64 of the images ``indices``, and those that could not be read.
+
+    A ``splitter`` is given each image.
+    """
     num_classes = len(data.classes)
     total = torch.zeros((num_classes, num_classes), dtype=torch.int64)
     skipped: list[tuple[str, str]] = []
     bar = tqdm(total=len(indices), desc="evaluate", unit="image", disable=None, leave=False)
     for group in _equal_sizes(read_ahead(data, indices, skipped=skipped, strict=strict)):
         pixels, labels = (torch.from_numpy(np.stack(part)) for part in zip(*group, strict=True))
-        found = logits(model, pixels, normalise=normalise, sweep=sweep).max(dim=1).indices
-        total += confusion_matrix(found.cpu(), labels, num_classes=num_classes, ignore_index=data.ignore_index)
+        scores = logits(model, pixels, normalise=normalise, sweep=sweep)
+        found = scores.max(dim=1).indices.cpu()
+        matrices = [
+            confusion_matrix(*pair, num_classes=num_classes, ignore_index=data.ignore_index)
+            for pair in zip(found, labels, strict=True)
+        ]
+        total += torch.stack(matrices).sum(dim=0)
+        if splitter is not None:
+            for matrix, present in zip(matrices, presence_scores(scores).cpu(), strict=True):
+                splitter.add(matrix, present)
         bar.update(len(group))
     bar.close()
     return total, skipped
@@ -169,13 +188,22 @@ def check_classes(ours: Sequence[str], theirs: Sequence[str], *, model: str, dat
         )
 
 
-def table(scores: SegmentationScores, *, num_images: int, skipped: Sequence[tuple[str, str]] = ()) -> str:
+def table(
+    scores: SegmentationScores,
+    *,
+    num_images: int,
+    parts: SplitScores | None = None,
+    skipped: Sequence[tuple[str, str]] = (),
+) -> str:
     """The scores for people, in percent; ``-`` for a class that does not occur."""
     width = max(len("class"), *(len(name) for name in scores.iou))
     lines = [f"{'class':<{width}}    IoU"]
     lines += [f"{name:<{width}}  {_percent(value):>5}" for name, value in scores.iou.items()]
     means = (("mIoU", scores.miou), ("aAcc", scores.aacc), ("mAcc", scores.macc))
     lines.append("  ".join(f"{name} {_percent(value)}" for name, value in means) + f"  ({num_images} images)")
+    if parts:
+        lines.append(f"mIoU if an oracle named the outlines: {_percent(parts.localization)}")
+        lines.append(f"mAP of which classes are in an image: {_percent(parts.classification)}")
     lines += [f"skipped {name}: {reason}" for name, reason in skipped]
     return "\n".join(lines)
 
@@ -185,10 +213,16 @@ def _percent(value: float | None) -> str:
 
 
 def describe(
-    scores: SegmentationScores, *, num_images: int, seed: int | None, about: Mapping[str, str | None], sweep: Sweep
+    scores: SegmentationScores,
+    *,
+    num_images: int,
+    seed: int | None,
+    about: Mapping[str, str | None],
+    sweep: Sweep,
+    parts: SplitScores | None = None,
 ) -> dict[str, Any]:
     """What ``eval.json`` holds; ``about`` says which data and model the scores are of, ``sweep`` how they were got."""
-    counted = {**scores.to_dict(), "num_images": num_images}
+    counted = {**scores.to_dict(), **(asdict(parts) if parts else {}), "num_images": num_images}
     return {**counted, **about, "inference": asdict(sweep), "seed": seed, "versions": versions()}
 
 
