@@ -73,9 +73,19 @@ def test_what_has_room_is_decoded_once(inputs: Path, tmp_path: Path, capsys: pyt
     assert "7 images decoded once (0 MiB), 0 skipped" in capsys.readouterr().out
 
 
+def test_a_fraction_is_the_same_images_cached_and_streamed(inputs: Path, tmp_path: Path) -> None:
+    for name, streaming in (("cached", False), ("streamed", True)):
+        assert pretrain(inputs, tmp_path / name, steps=2, streaming=streaming, fraction="1/2") == 0
+    assert_same_run(tmp_path / "cached", tmp_path / "streamed")
+    assert json.loads((tmp_path / "cached/price.json").read_text())["images"] == 4
+    assert pretrain(inputs, tmp_path / "table", data=inputs / "shards", steps=2, fraction="1/2") == 0
+    assert read_mapping(tmp_path / "table/recipe.yaml")["fraction"] == 0.5
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
+        ({"steps": 2, "fraction": 0.5}, "nobody has counted the images of the table"),
         ({}, "is not known before it is streamed; give --steps"),
         ({"steps": 2, "match": "a*"}, "match 'a*' chooses files, and"),
     ],

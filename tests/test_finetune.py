@@ -17,7 +17,6 @@ from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, P
 
 from glare import GlareForSemanticSegmentation, GlareModel, UniAdapterConfig, UserError, finetune
 from glare.cli import main as glare_main
-from glare.data.labelled import draw_images, open_labelled
 from glare.dense_inference import sweep_of
 from glare.finetune import FinetuneRecipe, learning_rates, open_data
 from glare.finetune_plan import Plan, make_plan
@@ -211,14 +210,16 @@ def test_what_fine_tuning_can_start_from(tmp_path: Path, adapted: Path, vit: Pat
         load_pretrained(str(tmp_path / "adapter"))
 
 
-def test_few_label_runs_draw_images_with_the_seed(data: Path) -> None:
-    train = open_labelled(str(data), split="train")
-    picks = [draw_images(train, 3, seed=seed).names for seed in range(20)]
-    assert all(len(set(pick)) == 3 and set(pick) <= set(train.names) for pick in picks)
-    assert picks[0] == draw_images(train, 3, seed=0).names and len(set(map(tuple, picks))) > 5
-    assert draw_images(train, 8, seed=1).names == list(train.names)
-    with pytest.raises(UserError, match="num_images is 9, but there are only 8 labelled images; give at most 8"):
-        draw_images(train, 9, seed=0)
+def test_few_label_runs_train_on_a_part(recipe: FinetuneRecipe) -> None:
+    whole, val = open_data(recipe)
+    few, same_val = open_data(replace(recipe, fraction=1 / 4))
+    many, _ = open_data(replace(recipe, num_images=5))
+    others, _ = open_data(replace(recipe, num_images=5, seed=recipe.seed + 1))
+    assert [len(part) for part in (few, many, whole)] == [2, 5, 8]
+    assert set(few.names) < set(many.names) < set(whole.names) and many.names != others.names
+    assert val is not None and same_val is not None and same_val.names == val.names
+    with pytest.raises(UserError, match="num_images is 9, but there are only 8 images; give at most 8"):
+        open_data(replace(recipe, num_images=9))
 
 
 def test_parts_of_the_data(recipe: FinetuneRecipe, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 import json
 import runpy
 import sys
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +10,6 @@ import pytest
 from labelled_samples import write_labelled
 from PIL import Image
 from tiny_models import tiny_config
-
-from glare.data.labelled import draw_images, open_labelled
 
 SCRIPT = Path(__file__).parents[1] / "training" / "pets_study.py"
 SMALL = ["steps=2", "batch_size=2", "report_to=none", "device=cpu", "precision=fp32", "log_every=1"]
@@ -68,13 +65,3 @@ def test_a_job_that_fails_ends_it_with_its_code(data: Path, capsys: pytest.Captu
     with pytest.raises(SystemExit) as stopped:
         study(data, "--budgets", "6", "--seeds", "0")
     assert stopped.value.code == 2 and "num_images is 6, but there are only 5" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("seed", [0, 1])
-def test_a_budget_is_part_of_every_larger_one_of_its_seed(tmp_path: Path, seed: int) -> None:
-    write_labelled(tmp_path, 12)
-    whole = open_labelled(str(tmp_path))
-    drawn = [set(draw_images(whole, count, seed=seed).names) for count in (1, 3, 6, 12)]
-    assert [len(names) for names in drawn] == [1, 3, 6, 12]
-    assert all(small < large for small, large in pairwise(drawn))
-    assert drawn[1] != set(draw_images(whole, 3, seed=seed + 5).names)

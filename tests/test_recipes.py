@@ -82,6 +82,8 @@ def test_options_are_read_as_the_type_of_their_field() -> None:
     recipe = job("--steps", "12", "--learning-rate", "1e-3", "--precision", "bf16", "--terms", "c,a", "--strict")
     assert (recipe.steps, recipe.learning_rate, recipe.precision, recipe.strict) == (12, 1e-3, "bf16", True)
     assert recipe.terms == ("c", "a")
+    assert job("--learning-rate", "1/32").learning_rate == 1 / 32
+    assert "learning_rate is '1/0'; expected a number" in message("--learning-rate", "1/0")
     assert job("--match", "123").match == "123"
     assert job("--match", "!tile1_003,a*").match == "!tile1_003,a*"
     assert job("--match", "null").match is None

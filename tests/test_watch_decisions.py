@@ -13,7 +13,7 @@ from glare import health_watch
 from glare.alarms import EARLY_LINES, GRADIENT_LIMIT, IN_A_ROW, Line
 from glare.checkpoints import Checkpoint, DamagedError
 from glare.errors import UserError
-from glare.health_watch import CHECK_EVERY, HealthWatch, WatchSettings, check_patience
+from glare.health_watch import CHECK_EVERY, HealthWatch, WatchSettings, check_watch
 
 HEALTH: Line = {"rankme_cls": 4.0, "rankme_patches": 20.0, "feature_std": 1.0, "cosine_to_base": 0.9}
 SETTINGS = WatchSettings(
@@ -118,11 +118,11 @@ def test_at_its_last_step_a_run_does_not_end_early() -> None:
 def test_a_patience_that_no_check_can_meet_is_refused(
     patience: int, log_every: int, checkpoint_every: int, least: int
 ) -> None:
-    recipe = SimpleNamespace(patience=patience, log_every=log_every, checkpoint_every=checkpoint_every)
+    recipe = SimpleNamespace(select="last", patience=patience, log_every=log_every, checkpoint_every=checkpoint_every)
     with pytest.raises(UserError, match=rf"patience is {patience} steps.*every {least} steps; give at least {least}"):
-        check_patience(recipe)
+        check_watch(recipe)
     recipe.patience = least
-    check_patience(recipe)
+    check_watch(recipe)
 
 
 def test_a_bad_line_keeps_back_only_what_may_be_written_later() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from glare.crops import PackedImages, fits, subset
 from glare.data.cache import memory_budget, pack, skipped_lines
-from glare.data.raster_windows import AS_NEEDED, RasterReading
+from glare.data.few_shot import drawn
 from glare.data.sources import Images, fit, open_source
 from glare.data.streaming import SHUFFLE_BUFFER, Stream
 from glare.data.tables import Table, open_table, streamable
@@ -44,17 +44,27 @@ class Feed:
     """Step to begin with -> this process's share of each batch: a pack, on the device where it fits, and indices."""
 
 
-def open_images(
-    data: str, *, match: str | None, streaming: bool | None, raster: RasterReading = AS_NEEDED
-) -> Images | Table:
-    """What ``data`` names: a table that is streamed if that is wished for and possible, else as `open_source`."""
-    if not (streaming and streamable(data)):
-        return open_source(data, match=match, raster=raster)
-    if match is not None:
+def list_images(recipe: Any) -> Images:
+    """The images of a recipe's ``data``, with its ``match``, ``raster``, ``fraction`` and ``seed``."""
+    images = open_source(recipe.data, match=recipe.match, raster=recipe.raster)
+    return images.subset(drawn(len(images), seed=recipe.seed, fraction=recipe.fraction))
+
+
+def open_images(recipe: Any) -> Images | Table:
+    """What a recipe trains on: a table that is streamed if that is wished for and possible, else `list_images`."""
+    if not (recipe.streaming and streamable(recipe.data)):
+        return list_images(recipe)
+    if recipe.match is not None:
         raise UserError(
-            f"match {match!r} chooses files, and data {data!r} is streamed as a table; leave one of them out"
+            f"match {recipe.match!r} chooses files, and data {recipe.data!r} is streamed as a table; "
+            "leave one of them out"
         )
-    return open_table(data, streaming=True)
+    if recipe.fraction != 1:
+        raise UserError(
+            f"fraction is {recipe.fraction:g}, but nobody has counted the images of the table {recipe.data!r} that is "
+            "streamed; leave --streaming out"
+        )
+    return open_table(recipe.data, streaming=True)
 
 
 def open_feed(source: Images | Table, recipe: Any, accelerator: Accelerator) -> Feed:

@@ -21,7 +21,8 @@ from transformers import PreTrainedModel
 
 from glare import ranges, recipes
 from glare.agreement import check_agreement
-from glare.data.labelled import LabelledSet, PackedLabelled, draw_images, open_labelled, pack_labelled
+from glare.data.few_shot import drawn
+from glare.data.labelled import LabelledSet, PackedLabelled, open_labelled, pack_labelled
 from glare.data.raster_windows import RasterReading
 from glare.dense_inference import asked, check_scale, remember
 from glare.disk_space import room_for
@@ -83,6 +84,7 @@ class FinetuneRecipe:
     train_on: str = option("full", "what trains besides the head: everything, the adapters, nothing", choices=TRAINED)
     train_split: str | None = option(None, "sub-folder to train on; train where there is one")
     match: str | None = option(None, "globs on file stems to train on, comma-separated, ! excludes")
+    fraction: float = option(1.0, "train on this share of the images only, as 0.1 or 1/32, drawn with the seed")
     num_images: int | None = option(None, "train on this many images only, drawn with the seed")
     val_data: str | None = option(None, "data to evaluate on, if it is not a part of --data")
     val_split: str | None = option(None, "sub-folder to evaluate on; val where there is one")
@@ -261,20 +263,19 @@ def open_data(recipe: FinetuneRecipe) -> tuple[LabelledSet, LabelledSet | None]:
     """What to train on and, where there is a part for it, what to evaluate on. Raises UserError if classes differ."""
     split = recipe.train_split or default_split(recipe.data, "train")
     train = open_labelled(recipe.data, split=split, match=recipe.match, raster=recipe.raster)
-    if recipe.num_images is not None:
-        train = draw_images(train, recipe.num_images, seed=recipe.seed)
+    part = drawn(len(train), seed=recipe.seed, fraction=recipe.fraction, num_images=recipe.num_images)
     data, val_split = val_part(recipe)
     if recipe.val_data is None and recipe.val_match is None and val_split in (None, split):
         if recipe.eval_every is not None:
             raise UserError("eval_every needs a validation part: give --val-split, --val-match or --val-data")
-        return train, None
+        return train.subset(part), None
     val = open_labelled(data, split=val_split, match=recipe.val_match, raster=recipe.raster)
     if val.classes != train.classes:
         raise UserError(
             f"the classes differ: the training data has {', '.join(train.classes)}, the validation data has "
             f"{', '.join(val.classes)}; give data of the same classes, in the same order"
         )
-    return train, val
+    return train.subset(part), val
 
 
 def val_part(recipe: FinetuneRecipe) -> tuple[str, str | None]:

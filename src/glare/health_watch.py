@@ -51,8 +51,13 @@ class WatchSettings:
         return cls(**{name: getattr(recipe, name) for name in cls.__dataclass_fields__})
 
 
-def check_patience(recipe: Any) -> None:
-    """Raise UserError for a patience that is over before there is a second check to go by."""
+def check_watch(recipe: Any) -> None:
+    """Raise UserError where there is nothing to choose from, or a patience is over before there is a second check."""
+    if recipe.select == "health" and recipe.checkpoint_every >= recipe.steps:
+        raise UserError(
+            f"select health chooses among checkpoints, and with checkpoint_every {recipe.checkpoint_every} a run of "
+            f"{recipe.steps} steps writes one; give --checkpoint-every {max(1, recipe.steps // 6)}"
+        )
     patience = recipe.patience
     if patience is None:
         return

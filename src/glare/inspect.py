@@ -13,12 +13,13 @@ from torch import Tensor
 from glare import recipes
 from glare.backbones import load_backbone, read_normalisation
 from glare.data.cache import pack
-from glare.data.sources import Images, open_source
+from glare.data.sources import Images
 from glare.data_advice import Needs, advice, describe, to_json
 from glare.data_check import DataCheck, check_data
 from glare.draws import Draws
 from glare.errors import UserError
 from glare.features import encode, use_packed_attention
+from glare.feed import list_images
 from glare.inspection_sheet import Sampled, sheet
 from glare.model_names import EMBEDDED
 from glare.modeling_glare import GlareModel
@@ -66,7 +67,7 @@ def run(given: Mapping[str, Any]) -> DataCheck:
         check_output(recipe.json, ".json")
     accelerator = make_accelerator(device=recipe.device, precision=recipe.precision, report_to="none", output=Path())
     model, normalise = load_backbone(recipe.backbone), read_normalisation(recipe.backbone)
-    source = open_source(recipe.data, match=recipe.match, raster=recipe.raster)
+    source = list_images(recipe)
     shared = {"backbone": recipe.backbone} | {key: value for key, value in given.items() if key not in OWN_KEYS}
     training, _ = resolve(shared, num_images=len(source), patch_size=model.patch_size, accelerator=accelerator)
 

@@ -21,7 +21,7 @@ from glare.errors import UserError
 from glare.feed import open_feed, open_images
 from glare.figures import write_report
 from glare.head_start import fit_head
-from glare.health_watch import MAY_DIFFER_ON_RESUME, HealthWatch, check_patience
+from glare.health_watch import MAY_DIFFER_ON_RESUME, HealthWatch, check_watch
 from glare.model_card import write_card
 from glare.model_sizes import oversize
 from glare.modeling_glare import GlareModel
@@ -71,6 +71,7 @@ class PretrainRecipe:
     data: str = required("folder, Hub id, parquet or tar shards, landcover:<domain>[:count[:seed]], loveda:FOLDER")
     output: Path = required("run folder to write")
     match: str | None = option(None, "globs on file stems, comma-separated, ! excludes")
+    fraction: float = option(1.0, "train on this share of the images only, as 0.1 or 1/32, drawn with the seed")
     objective: str = option("glare", "what is learned", choices=tuple(OBJECTIVES))
     adapter: str = option("uniadapter", "what trains in the backbone", choices=ADAPTERS)
     adapter_place: str = option(
@@ -159,7 +160,7 @@ def run(signals: Signals, given: Mapping[str, Any]) -> Path:
     # data, model, and the settings that depend on them
     torch.manual_seed(recipe.seed)  # of a config.json the weights are drawn
     model, normalise = load_backbone(recipe.backbone), read_normalisation(recipe.backbone)
-    source = open_images(recipe.data, match=recipe.match, streaming=recipe.streaming, raster=recipe.raster)
+    source = open_images(recipe)
     num_images = len(source) if isinstance(source, Images) else None
     recipe, derived = resolve(given, num_images=num_images, patch_size=model.patch_size, accelerator=accelerator)
     plan, feed = Plan.of(recipe), open_feed(source, recipe, accelerator)
@@ -301,13 +302,8 @@ def resolve(
             f"anchor {recipe.anchor} needs the backbone without adapters, which adapter {recipe.adapter!r} changes; "
             "give --adapter uniadapter or lora, or leave anchor out"
         )
-    check_patience(recipe)
+    check_watch(recipe)
     check_sizes(recipe.views, patch_size)
-    if recipe.select == "health" and recipe.checkpoint_every >= steps:
-        raise UserError(
-            f"select health chooses among checkpoints, and with checkpoint_every {recipe.checkpoint_every} a run of "
-            f"{steps} steps writes one; give --checkpoint-every {max(1, steps // 6)}"
-        )
     return recipe, {key: value for key, value in flatten(derived).items() if key not in flatten(known)}
 
 

@@ -21,6 +21,7 @@ RANGES = {
     "seed": "[0, inf)",
     "num_workers": "[1, inf)",
     "checkpoint_every": "[1, inf)",
+    "fraction": "(0, 1]",
     "keep_checkpoints": "[1, inf)",
     "log_every": "[1, inf)",
     "seeds": "[1, inf)",

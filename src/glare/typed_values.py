@@ -3,6 +3,7 @@
 import math
 import types
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -116,12 +117,12 @@ def _read_int(value: Any) -> int:
 
 
 def _read_float(value: Any) -> float:
-    """A number, also as text, since YAML 1.1 takes 1e-3 for text; NaN and infinity are none."""
+    """A number, also as text, since YAML 1.1 takes 1e-3 for text, or as 1/32; NaN and infinity are none."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise MismatchError
     try:
-        number = float(value)
-    except (ValueError, OverflowError):
+        number = float(Fraction(value)) if isinstance(value, str) and "/" in value else float(value)
+    except (ValueError, ArithmeticError):
         raise MismatchError from None
     if not math.isfinite(number):
         raise MismatchError

@@ -8,7 +8,6 @@ from typing import Any
 from unicodedata import category
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -27,7 +26,6 @@ from glare.data.raster_windows import Part as Picture
 from glare.data.sources import BadImage, Images, folder_images, matching
 from glare.errors import UserError, shortened
 from glare.paths import kind_of, local_path, printable
-from glare.runtime import seeded
 
 IGNORE_INDEX = 255
 MAX_CLASSES = 255  # a label is one byte, and 255 means ignored
@@ -161,16 +159,6 @@ def pack_labelled(
         skipped = reading.run(read, keep, count=count)
         images = packed_images(pixels, sizes)
         return PackedLabelled(images, labels.finish(), names, labelled.classes, labelled.palette, skipped)
-
-
-def draw_images(data: LabelledSet, count: int, *, seed: int) -> LabelledSet:
-    """``count`` different images in their order, the same for the same seed. Raises UserError if there are fewer."""
-    if count > len(data):
-        raise UserError(
-            f"num_images is {count}, but there are only {len(data)} labelled images; give at most {len(data)}"
-        )
-    order = torch.randperm(len(data), generator=seeded(seed, len(data)))
-    return data.subset(sorted(order[:count].tolist()))
 
 
 def distinct_colours(count: int) -> NDArray[np.uint8]:
