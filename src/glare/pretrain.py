@@ -82,7 +82,7 @@ class PretrainRecipe:
     epochs: int | None = option(None, "passes over the images, instead of steps")
     batch_size: int | None = option(None, "images a step over all processes; 8 on a CPU, 64 on a GPU where not given")
     gradient_accumulation_steps: int = option(1, "parts of a batch that are computed one after another, to save memory")
-    learning_rate: float | None = option(None, "peak; derived where not given")
+    learning_rate: float | None = option(None, "peak; derived where not given, 1e-4 for all weights with simmim")
     min_learning_rate: float = option(1e-6, "at the end of the cosine")
     warmup_steps: int | None = option(None, "linear warm-up; derived where not given")
     weight_decay: float = option(0.1, "of matrices; biases and norms have none")
@@ -292,7 +292,7 @@ def resolve(
         **derive_optimisation(steps),
         **derive_model(steps, batch_size, patch_size=patch_size, anchored=asked.adapter in ANCHORED),
     }
-    derived = OBJECTIVES[asked.objective].derive(derived)
+    derived = OBJECTIVES[asked.objective].derive(derived, adapter=asked.adapter)
     known = {key: value for key, value in given.items() if value is not None}
     recipe = recipes.from_dict(PretrainRecipe, overlay(derived, known))
     OBJECTIVES[recipe.objective].check(recipe)
