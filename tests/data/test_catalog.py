@@ -340,6 +340,17 @@ def test_a_number_that_differs_is_said_once_in_a_line(
     assert caplog.messages == [f"{data}: train has 2 images here, {whole:,} in the whole of {title}"]
 
 
+def test_only_the_main_process_of_a_run_says_the_number(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ARCHIVES["loveda"].write(tmp_path)
+    for rank, lines in (("1", 0), ("0", 1)):
+        monkeypatch.setenv("RANK", rank)
+        _say_once.cache_clear()
+        open_source(f"loveda:{tmp_path}")
+        assert len(caplog.messages) == lines
+
+
 def test_a_number_that_is_right_is_not_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
