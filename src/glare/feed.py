@@ -15,8 +15,8 @@ from torch import Tensor
 
 from glare.crops import PackedImages, fits, subset
 from glare.data.cache import memory_budget, pack, skipped_lines
-from glare.data.raster_windows import AS_NEEDED, RasterReading
-from glare.data.sources import Images, fit, open_source
+from glare.data.catalog import named
+from glare.data.sources import Images, check_no_split, fit, open_source
 from glare.data.streaming import SHUFFLE_BUFFER, Stream
 from glare.data.tables import Table, open_table, streamable
 from glare.errors import UserError
@@ -44,16 +44,16 @@ class Feed:
     """Step to begin with -> this process's share of each batch: a pack, on the device where it fits, and indices."""
 
 
-def open_images(
-    data: str, *, match: str | None, streaming: bool | None, raster: RasterReading = AS_NEEDED
-) -> Images | Table:
-    """What ``data`` names: a table that is streamed if that is wished for and possible, else as `open_source`."""
-    if not (streaming and streamable(data)):
-        return open_source(data, match=match, raster=raster)
+def open_images(recipe: Any) -> Images | Table:
+    """What ``recipe.data`` names: a table that is streamed if that is wished for and possible, else `open_source`."""
+    data, match, split = recipe.data, recipe.match, recipe.split
+    if named(data) is not None or not (recipe.streaming and streamable(data)):
+        return open_source(data, split=split, match=match, raster=recipe.raster)
     if match is not None:
         raise UserError(
             f"match {match!r} chooses files, and data {data!r} is streamed as a table; leave one of them out"
         )
+    check_no_split(data, split)
     return open_table(data, streaming=True)
 
 

@@ -66,14 +66,20 @@ def run(given: Mapping[str, Any]) -> DataCheck:
         check_output(recipe.json, ".json")
     accelerator = make_accelerator(device=recipe.device, precision=recipe.precision, report_to="none", output=Path())
     model, normalise = load_backbone(recipe.backbone), read_normalisation(recipe.backbone)
-    source = open_source(recipe.data, match=recipe.match, raster=recipe.raster)
+    source = open_source(recipe.data, split=recipe.split, match=recipe.match, raster=recipe.raster)
     shared = {"backbone": recipe.backbone} | {key: value for key, value in given.items() if key not in OWN_KEYS}
     training, _ = resolve(shared, num_images=len(source), patch_size=model.patch_size, accelerator=accelerator)
 
     # the data
     short_side = training.image_size or None
     check = check_data(
-        source, recipe.data, short_side=short_side, workers=recipe.num_workers, progress=True, raster=recipe.raster
+        source,
+        recipe.data,
+        split=recipe.split,
+        short_side=short_side,
+        workers=recipe.num_workers,
+        progress=True,
+        raster=recipe.raster,
     )
     needs = Needs(global_size=training.views.global_size, image_size=training.image_size or 0)
     lines = advice(check, needs, data=recipe.data)

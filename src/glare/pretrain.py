@@ -70,6 +70,7 @@ class PretrainRecipe:
     backbone: str = required("folder or Hub id of a ViT, 'landcover-vit', or a config.json for random weights")
     data: str = required("folder, Hub id, parquet or tar shards, landcover:<domain>[:count[:seed]], loveda:FOLDER")
     output: Path = required("run folder to write")
+    split: str | None = option(None, "sub-folder of a folder or split of the catalog; all of a folder, else train")
     match: str | None = option(None, "globs on file stems, comma-separated, ! excludes")
     objective: str = option("glare", "what is learned", choices=tuple(OBJECTIVES))
     adapter: str = option("uniadapter", "what trains in the backbone", choices=ADAPTERS)
@@ -100,8 +101,7 @@ class PretrainRecipe:
         "images are kept with at most this short side in px, 0 for native; twice the global views where not given",
     )
     streaming: bool | None = option(
-        None,
-        "read images anew for each step; by default only if decoded they fit neither memory nor disk",
+        None, "read images anew for each step; by default only if decoded they fit neither memory nor disk"
     )
     strict: bool = option(False, "stop at the first unreadable image instead of skipping it")
     seed: int = option(0, "of all draws")
@@ -159,7 +159,7 @@ def run(signals: Signals, given: Mapping[str, Any]) -> Path:
     # data, model, and the settings that depend on them
     torch.manual_seed(recipe.seed)  # of a config.json the weights are drawn
     model, normalise = load_backbone(recipe.backbone), read_normalisation(recipe.backbone)
-    source = open_images(recipe.data, match=recipe.match, streaming=recipe.streaming, raster=recipe.raster)
+    source = open_images(recipe)
     num_images = len(source) if isinstance(source, Images) else None
     recipe, derived = resolve(given, num_images=num_images, patch_size=model.patch_size, accelerator=accelerator)
     plan, feed = Plan.of(recipe), open_feed(source, recipe, accelerator)

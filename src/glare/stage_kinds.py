@@ -46,6 +46,7 @@ GLARE = Kind(
     "Adaptation without labels (GLARE)",
     "adapted without labels to images of",
     {
+        "Split": "{split}",
         "Objective": "{learned}",
         "Trained": "{adapter} (rank {rank}, scale {scale}, place {adapter_place})",
         "Steps": "{steps} of {batch_size} images",
@@ -63,6 +64,7 @@ SIMMIM = Kind(
     "Pre-training without labels (SimMIM)",
     "pre-trained without labels, by predicting the pixels of masked patches (SimMIM), on images of",
     {
+        "Split": "{split}",
         "Objective": "{objective}",
         "Trained": "{adapter} (rank {rank}, scale {scale}, place {adapter_place})",
         "Steps": "{steps} of {batch_size} images",
