@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from glare import classify, finetune, recipes
 from glare.checkpoints import TENSORS, folders
-from glare.class_images import class_names, mixed
+from glare.class_images import check_pairs, class_names, mixed, mixup_factors
 from glare.classify import Classifier, ClassifyRecipe, accuracy
 from glare.errors import UserError
 from glare.finetune import FinetuneRecipe
@@ -60,25 +61,54 @@ def state(folder: Path) -> dict[str, Tensor]:
     return load_file(folders(folder)[0] / TENSORS)
 
 
-def test_mixup_is_its_formula() -> None:
-    pixels, targets = torch.randn(5, 3, 2, 2), torch.eye(5)
-    x, y = mixed(pixels, targets, 0.4, np.random.default_rng(3))
-    rng = np.random.default_rng(3)
-    partner, share = rng.permutation(5), rng.beta(0.4, 0.4, size=(5, 1))[:, 0]
-    for i, (j, portion) in enumerate(zip(partner, share, strict=True)):
-        torch.testing.assert_close(x[i], portion * pixels[i] + (1 - portion) * pixels[j], check_dtype=False)
-        torch.testing.assert_close(y[i], portion * targets[i] + (1 - portion) * targets[j], check_dtype=False)
-    torch.testing.assert_close(y.sum(dim=1), torch.ones(5))
+@pytest.mark.parametrize("count", [6, 5])
+def test_mixup_is_its_formula(count: int) -> None:
+    """Neighbours are partners, and the last of an odd number stays as it is."""
+    pixels, targets = torch.randn(count, 3, 2, 2), torch.eye(count)
+    factors = mixup_factors(count, 0.4, seed=3, step=7)
+    x, y = mixed(pixels, targets, factors)
+    for i, j in enumerate((1, 0, 3, 2, 5, 4) if count == 6 else (1, 0, 3, 2, 4)):
+        portion = float(factors[i])
+        assert portion == factors[j]
+        torch.testing.assert_close(x[i], portion * pixels[i] + (1 - portion) * pixels[j])
+        torch.testing.assert_close(y[i], portion * targets[i] + (1 - portion) * targets[j])
+    assert len(factors.unique()) == 3
+    torch.testing.assert_close(y.sum(dim=0), torch.ones(count))  # each image counts as much as another
 
 
 @pytest.mark.parametrize(("alpha", "spread"), [(0.2, 0.423), (1.0, 0.289), (50.0, 0.05)])
-def test_the_shares_of_mixup_are_of_the_beta_distribution(alpha: float, spread: float) -> None:
+def test_the_factors_of_mixup_are_of_the_beta_distribution(alpha: float, spread: float) -> None:
     """Of Beta(a, a) the mean is 1/2 and the variance 1 / (8 a + 4)."""
-    rng = np.random.default_rng(0)
-    _, targets = mixed(torch.zeros(4000, 3, 1, 1), torch.eye(4000), alpha, rng)
-    own = targets.diagonal()[targets.diagonal() < 1]  # a few have themselves as partner
-    assert own.mean().item() == pytest.approx(0.5, abs=0.03)
-    assert own.std().item() == pytest.approx(spread, abs=0.02)
+    factors = mixup_factors(8000, alpha, seed=0, step=0)
+    assert factors.mean().item() == pytest.approx(0.5, abs=0.03)
+    assert factors.std().item() == pytest.approx(spread, abs=0.02)
+    assert not torch.equal(factors, mixup_factors(8000, alpha, seed=0, step=1))
+
+
+def test_a_batch_is_the_same_however_many_processes_share_it(tmp_path: Path) -> None:
+    write_classes(tmp_path / "train", 5, seed=0)
+    packed = classify.pack(classify.open_source(str(tmp_path / "train")))
+    data = classify.labelled(packed, ["blue", "red"], "train")
+    crops = classify.ClassCrops(16, (0.25, 1.0), 0.4, classify.Normalisation())
+
+    def cut(rank: int, processes: int) -> tuple[Tensor, Tensor]:
+        place = SimpleNamespace(device=torch.device("cpu"), num_processes=processes, process_index=rank)
+        index = torch.tensor([9, 0, 3, 7, 2, 8, 1, 5])
+        return classify.cut_batch(data, index, crops, place, seed=1, step=2)  # type: ignore[arg-type]
+
+    whole = cut(0, 1)
+    for processes in (2, 4):
+        shares = [cut(rank, processes) for rank in range(processes)]
+        for part, expected in zip(zip(*shares, strict=True), whole, strict=True):
+            torch.testing.assert_close(torch.cat(part), expected)
+    assert ((whole[1] > 0) & (whole[1] < 1)).any()
+
+
+def test_a_pair_of_two_processes_is_refused() -> None:
+    check_pairs(5, 1)
+    check_pairs(8, 2)
+    with pytest.raises(UserError, match="batch_size of 6 gives each of 2 processes 3; give a multiple of 4, or --mix"):
+        check_pairs(6, 2)
 
 
 def test_it_learns_classes_and_hands_on_the_vit_alone(given: Given, tmp_path: Path) -> None:

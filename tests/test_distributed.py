@@ -15,12 +15,13 @@ from forks import Forks, wait_until
 from labelled_samples import write_labelled
 from PIL import Image
 from safetensors.torch import load_file
-from small_runs import PRETRAIN, Given, pretraining, ranks_of_two
+from small_runs import PRETRAIN, Given, pretraining, ranks_of_two, write_photos
 from tiny_models import tiny_vit
 from torch import Tensor
 from transformers import AutoModel
 
-from glare import finetune, pretrain, recipes
+from glare import classify, finetune, pretrain, recipes
+from glare.classify import ClassifyRecipe
 from glare.errors import UserError
 from glare.finetune import FinetuneRecipe
 
@@ -196,3 +197,23 @@ def test_fine_tuning_is_the_same_on_two_processes_and_in_passes(
     two = forked(forks, recipe("two", gradient_accumulation_steps=2, seeds=2, val_match="*"), script)
     assert_same(two / "seed_0")
     assert json.loads((two / "seeds.json").read_text())["seeds"] == [0, 1]
+
+
+CLASSIFY = "import sys; from glare import classify; classify.main(sys.argv[1:])"
+
+
+def test_classification_with_mixup_is_the_same_on_two_processes(tmp_path: Path, forks: Forks) -> None:
+    tiny_vit(num_hidden_layers=1).save_pretrained(tmp_path / "vit")
+    for name in ("field", "forest"):
+        (tmp_path / "classes").mkdir(exist_ok=True)
+        write_photos(tmp_path / "classes" / name, 5)
+
+    def recipe(output: str) -> dict[str, Any]:
+        fixed = {"steps": STEPS, "batch_size": 8, "crop_size": 16, "mixup": 1.0, "learning_rate": 1e-3, "log_every": 1}
+        fixed |= {"report_to": "none", "device": "cpu", "precision": "fp32"}
+        return {**fixed, "model": str(tmp_path / "vit"), "data": str(tmp_path / "classes"), "output": tmp_path / output}
+
+    script = tmp_path / "classify.py"
+    script.write_text(CLASSIFY)
+    one = classify.run(recipes.from_dict(ClassifyRecipe, recipe("one")))
+    assert_same_run(forked(forks, recipe("two"), script), one)

@@ -14,6 +14,7 @@ from small_runs import arguments, assert_same_run, write_inputs
 from glare import cli, feed
 from glare.data.sources import open_source
 from glare.feed import decoded_bytes, has_room
+from glare.pretrain import PretrainRecipe
 from glare.yaml_files import read_mapping
 
 
@@ -88,6 +89,7 @@ def test_a_fraction_is_the_same_images_cached_and_streamed(inputs: Path, tmp_pat
         ({"steps": 2, "fraction": 0.5}, "nobody has counted the images of the table"),
         ({}, "is not known before it is streamed; give --steps"),
         ({"steps": 2, "match": "a*"}, "match 'a*' chooses files, and"),
+        ({"steps": 2, "split": "val"}, "has no splits to choose from, 'val' was asked for; leave split out"),
     ],
 )
 def test_mistakes_with_streamed_tables(
@@ -96,6 +98,14 @@ def test_mistakes_with_streamed_tables(
     assert pretrain(inputs, tmp_path / "run", data=inputs / "shards", streaming=True, **keys) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_name_of_the_catalog_is_no_table_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though ade20k has the form of a Hub id."""
+    asked: list[tuple[str, str | None]] = []
+    monkeypatch.setattr(feed, "open_source", lambda data, *, split, **_: asked.append((data, split)))
+    feed.open_images(PretrainRecipe(backbone="v", data="ade20k", output=Path("o"), streaming=True, split="val"))
+    assert asked == [("ade20k", "val")]
 
 
 def test_the_estimate_is_what_decoding_takes(tmp_path: Path) -> None:

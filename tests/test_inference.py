@@ -92,6 +92,27 @@ def test_a_bad_image_is_reported_or_an_error(folder: Path, tmp_path: Path, capsy
     assert not (tmp_path / "strict").exists()
 
 
+def test_a_split_of_a_folder_or_of_the_catalog(folder: Path, tmp_path: Path) -> None:
+    """Without a split all of a folder, and what one measures on of the catalog."""
+    for split, stem in (("Train", "a"), ("Val", "b"), ("Test", "c")):
+        for place in (tmp_path / "archive" / split / "Urban" / "images_png", tmp_path / "set" / split / "images"):
+            place.mkdir(parents=True)
+            picture(9, 9).save(place / f"{stem}.png")
+    for data, split, stems in (
+        ("set", None, "abc"),
+        ("set", "Test", "c"),
+        ("loveda", None, "b"),
+        ("loveda", "train", "a"),
+    ):
+        named = f"loveda:{tmp_path}/archive" if data == "loveda" else str(tmp_path / data)
+        out = tmp_path / f"{data}_{split}"
+        predict(PredictRecipe(model=str(folder), output=out, images=(named,), split=split))
+        assert {file.stem for file in out.glob("?.png")} == set(stems)
+    with pytest.raises(UserError, match="has no split 'val', which would be val/images; it has Test, Train, Val"):
+        predict(PredictRecipe(model=str(folder), output=tmp_path / "x", images=(str(tmp_path / "set"),), split="val"))
+    assert not (tmp_path / "x").exists()
+
+
 def test_nothing_to_segment_is_an_error(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.png").write_text("no picture")
     out = tmp_path / "out"

@@ -18,10 +18,11 @@ from transformers import PreTrainedModel
 
 import glare
 from glare import UserError, cli
+from glare.card_scores import result_files
 from glare.hub import PushRecipe, belongs
 from glare.licences import FAMILIES, Licence, combined, front_matter, of_family, stated
 from glare.lineage import origin_of, public_name, stages_of
-from glare.model_card import DASH, Said, card, facts_of, metadata, result_files, write_card
+from glare.model_card import DASH, Said, card, facts_of, metadata, write_card
 from glare.publication import find, stage, without_places
 
 ROOT = Path(__file__).parents[1]
@@ -154,7 +155,7 @@ def test_a_card_without_an_evaluation_says_so(run: Path) -> None:
     data = ModelCard(text).data.to_dict()
     assert data["license"] == "unknown" and "model-index" not in data and "metrics" not in data
     assert "base_model" not in data, "a folder on this machine is not a model of the Hub"
-    assert result_files(facts_of(find(run))) == {}
+    assert result_files(facts_of(find(run)).evaluation) == {}
     assert "| Images | 1,234 |" in text and "adapted in 15.0 min on cpu" in text
     assert str(run.parent) not in text and "| Data | photos |" in text
 
@@ -170,7 +171,7 @@ def test_every_score_is_that_of_eval_json(segmenter: Path) -> None:
     assert name == "land"
     assert {(r.metric_type, r.metric_value) for r in results} == {("mean_iou", 0.41234), ("accuracy", 0.7)}
     assert data["pipeline_tag"] == "image-segmentation" and data["metrics"][0] == "mean_iou"
-    (entry,) = yaml.safe_load(result_files(facts)[".eval_results/glare.yaml"])
+    (entry,) = yaml.safe_load(result_files(facts.evaluation)[".eval_results/glare.yaml"])
     assert entry["value"] == 0.41234 and entry["dataset"] == {"id": "scenes", "task_id": "semantic_segmentation"}
     # another eval.json, another card
     (segmenter / "eval.json").write_text(json.dumps({**SCORES, "miou": 0.5}))
@@ -179,7 +180,7 @@ def test_every_score_is_that_of_eval_json(segmenter: Path) -> None:
 
 def test_the_stages_lead_back_to_the_base_model(segmenter: Path) -> None:
     stages = stages_of(segmenter)
-    assert [stage.job for stage in stages] == ["backbone", "model"]
+    assert [stage.kind.name for stage in stages] == ["glare", "finetune"]
     said = {"base_model": "facebook/dinov2-small", "data_name": "owner/scenes", "data_license": "cc-by-nc-4.0"}
     facts = facts_of(find(segmenter), Said(**said, license=None))
     data = metadata(facts).to_dict()
@@ -190,6 +191,57 @@ def test_the_stages_lead_back_to_the_base_model(segmenter: Path) -> None:
     assert "**Non-commercial**: owner/scenes may not be used commercially" in text
     assert "Not known: the licence of photos." in text and data["license"] == "unknown"
     assert ModelCard(text_of(segmenter, license="cc-by-nc-4.0")).data["license"] == "cc-by-nc-4.0"
+
+
+def test_a_card_says_simmim_and_classification_where_these_were_done(segmenter: Path, run: Path) -> None:
+    """From random weights: nothing was adapted, and nothing of it is GLARE."""
+    simmim = {"objective": "simmim", "adapter": "full", "rank": 64, "views": {"patch_ratio": [0.6, 0.6]}}
+    write_recipe(run, backbone="vit.json", data="photos", **simmim)
+    classes = run.parent / "classes"
+    classes.mkdir()
+    write_recipe(classes, model=str(run), data="scenes", mixup=0.2, crop_size=32)
+    (classes / "accuracy.json").write_text('{"accuracy": 0.855, "data": "/private/scenes/val"}')
+    write_recipe(segmenter, model=str(classes), data="pets", head="pixel")
+    facts = facts_of(find(segmenter))
+    assert [stage.kind.name for stage, _ in facts.stages] == ["simmim", "classify", "finetune"]
+    text = card(facts)
+    assert (
+        "with a ViT that began with random weights, pre-trained without labels, by predicting the pixels of masked "
+        "patches (SimMIM), on images of photos, then trained to classify images of scenes. Made with" in text
+    )
+    for said in (
+        "### Pre-training without labels (SimMIM)",
+        "### Classification of images, with MixUp",
+        "| Trained | all weights |",
+        "| MixUp | factors of Beta(0.2, 0.2) |",
+        "| Accuracy of its classifier | 85.50 % on scenes |",
+        "| Price | trained in 15.0 min on cpu",
+        "eprint        = {2111.09886},",
+        "@misc{mixup,",
+        "- simmim",
+        "knows no images but those above",
+    ):
+        assert said in text, said
+    for wrong in ("GLARE", "2509.17816", "adaptation", "adapted", "rank 64", "/private"):
+        assert wrong not in text, wrong
+    write_recipe(classes, model=str(run), data="scenes", mixup=0.0)
+    assert "### Classification of images\n" in text_of(segmenter)
+
+
+def test_a_card_of_simmim_on_a_trained_vit_speaks_of_adaptation(run: Path) -> None:
+    write_recipe(run, backbone=str(run.parent / "base"), data="photos", objective="simmim", adapter="lora", rank=4)
+    text = text_of(run)
+    assert "base with UniAdapter adapters, pre-trained without labels, by predicting" in text
+    assert "Whether the adaptation helped was not measured" in text and "(GLARE)" not in text
+
+
+def test_the_citation_of_an_adapted_model_is_the_papers(run: Path) -> None:
+    entry = (
+        "@misc{glare,\n  title         = {Enhancing Semantic Segmentation with Continual Self-Supervised Pre-training},"
+    )
+    assert f"```bibtex\n{entry}\n  eprint        = {{2509.17816}},\n  archivePrefix = {{arXiv}}\n}}\n```\n" in text_of(
+        run
+    )
 
 
 def test_a_comparison_is_shown_as_it_is_but_for_paths(run: Path, tmp_path: Path) -> None:

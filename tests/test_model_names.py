@@ -7,6 +7,7 @@ import torch
 from tiny_models import adapted_model, segmenter, tiny_vit
 from torch import Tensor
 
+from glare import cli
 from glare.errors import UserError
 from glare.inference import load_segmenter
 from glare.model_names import EMBEDDED_FOLDER, Place, explained, place_of
@@ -47,6 +48,31 @@ def test_a_missing_run_is_not_asked_of_the_hub(tmp_path: Path, monkeypatch: pyte
         load_segmenter("runs/segment", device=CPU)
     assert place_of("runs/segment@main") == Place("runs/segment", "main")
     assert place_of("name") == Place("name")
+
+
+def test_the_folder_of_several_seeds_is_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whichever job is given it, also before all seeds are done; a model beside runs is one."""
+    parent = tmp_path / "segment"
+    for seed in ("seed_10", "seed_2"):
+        (parent / seed).mkdir(parents=True)
+        (parent / seed / "recipe.yaml").touch()
+    (parent / "recipe.yaml").touch()
+    said = f"'{parent}' is the folder of several runs (seed_2, seed_10) and no model itself; give one of them, such as "
+    said += f"'{parent / 'seed_2'}'\n"
+    (tmp_path / "a.png").touch()
+    out, scenes = str(tmp_path / "out"), "landcover:arid:2"
+    for job in (
+        ["evaluate", "--model", str(parent), "--data", scenes],
+        ["predict", "--model", str(parent), "--output", out, str(tmp_path / "a.png")],
+        ["finetune", "--model", str(parent), "--data", scenes, "--output", out],
+        ["pretrain", "--backbone", str(parent), "--data", scenes, "--output", out],
+        ["compare", "--base", "landcover-vit", "--adapted", str(parent), "--data", scenes, "--output", out],
+        ["push", str(parent), "owner/name", "--dry-run"],
+    ):
+        assert cli.main(job) == 2
+        assert capsys.readouterr().err == f"glare {job[0]}: error: {said}", job
+    (parent / "config.json").touch()
+    assert place_of(str(parent)) == Place(str(parent))
 
 
 def test_files_of_a_place(tmp_path: Path) -> None:

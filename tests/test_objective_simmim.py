@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -245,6 +246,20 @@ def test_random_weights_follow_the_seed_and_a_run_resumes_bit_for_bit(given: Giv
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
     position = "backbone.embeddings.position_embeddings"
     assert (whole[position] - other[position]).abs().max() > 0.1  # drawn anew, not only trained otherwise
+
+
+@pytest.mark.parametrize(
+    ("adapter", "batch_size", "rate"),
+    [("full", 8, 1e-4), ("full", 512, 1e-4), ("full", 2048, 4e-4), ("uniadapter", 8, 5e-3)],
+)
+def test_all_weights_learn_at_the_rate_of_simmim(adapter: str, batch_size: int, rate: float) -> None:
+    given = {"backbone": "v", "data": "d", "output": "o", "objective": "simmim", "batch_size": batch_size}
+    place = SimpleNamespace(device=torch.device("cpu"), num_processes=1)
+    sizes: dict[str, Any] = {"num_images": 64, "patch_size": 16, "accelerator": place}
+    recipe, derived = pretrain.resolve({**given, "adapter": adapter}, **sizes)
+    assert recipe.learning_rate == derived["learning_rate"] == pytest.approx(rate)
+    told, derived = pretrain.resolve({**given, "adapter": adapter, "learning_rate": 3e-4}, **sizes)
+    assert told.learning_rate == 3e-4 and "learning_rate" not in derived
 
 
 def test_what_cannot_be_learned_from_is_refused(given: Given) -> None:

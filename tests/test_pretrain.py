@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import numpy as np
@@ -256,6 +257,26 @@ def test_settings_are_derived_from_the_data_and_said(
     assert "glare.prototypes" not in text.split("chosen from the data")[1]
     resolved = recipes.read_yaml(folder / "recipe.yaml", PretrainRecipe)
     assert resolved["batch_size"] == 7 and resolved["warmup_steps"] == 1 and resolved["glare"]["prototypes"] == 32
+
+
+def test_a_split_is_trained_on_and_stays_the_same(given: Callable[..., dict[str, Any]], photos: Path) -> None:
+    """Also where the images of another split have the same names."""
+    for split in ("train", "val"):
+        copytree(photos, photos.parent / "scenes" / split / "images")
+    (photos.parent / "scenes" / "train" / "images" / "0.png").unlink()
+    copytree(photos.parent / "scenes" / "train", photos.parent / "scenes" / "other")
+    scenes = {"data": str(photos.parent / "scenes"), "steps": 1}
+    folder = pretrain.run(given("run", **scenes, split="train"))
+    recorded = json.loads((folder / "price.json").read_text())
+    assert recorded["images"] == len(list(photos.iterdir())) - 1
+    assert "| Split | train |" in (folder / "model" / "README.md").read_text()
+    for split, message in (
+        ("other", "split was train and is other"),
+        ("val", "was made with other images: 1 .* came in"),
+        ("nowhere", "has no split 'nowhere', which would be nowhere/images; it has other, train, val"),
+    ):
+        with pytest.raises(UserError, match=message):
+            pretrain.run(given("run", **scenes, split=split, resume=True))
 
 
 def test_bad_images_are_skipped_and_counted_or_stop_a_strict_run(

@@ -1,7 +1,8 @@
 """Images with a class, that of the folder each lies in, and their training batches, mixed by MixUp.
 
 MixUp (Zhang et al. 2018): x = l x_i + (1 - l) x_j and y = l y_i + (1 - l) y_j of an image i and its partner j, with
-l ~ Beta(alpha, alpha) drawn for each pair. Partners are found within the share of a process.
+l ~ Beta(alpha, alpha) drawn for each pair. Images 2k and 2k + 1 of a batch, whose order is random anyway, are partners
+of each other with one l; the last of an odd batch stays as it is. So the batch is the same however it is shared out.
 """
 
 from collections.abc import Sequence
@@ -95,14 +96,30 @@ def cut_batch(
     targets = one_hot(labels, len(data.classes)).float().to(accelerator.device)
     if not crops.mixup:
         return crops.normalise(pixels), targets
-    rng = np.random.default_rng((seed, step, MIXUP, accelerator.process_index))
-    return mixed(crops.normalise(pixels), targets, crops.mixup, rng)
+    factors = mixup_factors(len(index), crops.mixup, seed=seed, step=step)[draws.share]
+    return mixed(crops.normalise(pixels), targets, factors)
 
 
-def mixed(pixels: Tensor, targets: Tensor, alpha: float, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """MixUp of each image with the one that a random permutation puts beside it."""
-    partner = torch.from_numpy(rng.permutation(len(pixels))).to(pixels.device)
-    share = torch.from_numpy(rng.beta(alpha, alpha, size=(len(pixels), 1))).to(targets)
+def check_pairs(batch_size: int, processes: int) -> None:
+    """Raise UserError where MixUp would mix images of two processes."""
+    if processes > 1 and batch_size // processes % 2:
+        raise UserError(
+            f"mixup mixes pairs of images, and a batch_size of {batch_size} gives each of {processes} processes "
+            f"{batch_size // processes}; give a multiple of {2 * processes}, or --mixup 0"
+        )
+
+
+def mixup_factors(total: int, alpha: float, *, seed: int, step: int) -> Tensor:
+    """What each image of a batch keeps of itself: (total,) float64, the same for both of a pair."""
+    pairs = np.random.default_rng((seed, step, MIXUP)).beta(alpha, alpha, size=(total + 1) // 2)
+    return torch.from_numpy(pairs).repeat_interleave(2)[:total]
+
+
+def mixed(pixels: Tensor, targets: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
+    """MixUp of pixels (b, 3, h, w) and targets (b, classes), each image with its neighbour, by factors (b,)."""
+    last = len(pixels) - 1
+    partner = (torch.arange(len(pixels)) ^ 1).clamp(max=last).to(pixels.device)  # 1, 0, 3, 2, ...
+    share = factors.unsqueeze(1).to(targets)
     return (
         torch.lerp(pixels[partner], pixels, share.view(-1, 1, 1, 1)),
         torch.lerp(targets[partner], targets, share),

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from glare import ranges, recipes
 from glare.agreement import check_agreement
-from glare.class_images import ClassCrops, ClassImages, class_names, cut_batch, labelled
+from glare.class_images import ClassCrops, ClassImages, check_pairs, class_names, cut_batch, labelled
 from glare.crops import cut, fits, subset
 from glare.data.cache import Packed, pack, skipped_lines
 from glare.data.sources import open_source
@@ -63,7 +63,7 @@ class ClassifyRecipe:
     data: str = required("folder of images that has a folder for each class")
     output: Path = required("run folder to write")
     val_data: str | None = option(None, "such a folder to measure the accuracy on")
-    mixup: float = option(0.2, "alpha of MixUp, 0 for none")
+    mixup: float = option(0.2, "alpha of MixUp of neighbours in a batch, 0 for none")
     epochs: int = option(20, "passes over the images")
     steps: int | None = option(None, "optimizer steps, instead of epochs")
     batch_size: int | None = option(None, "images a step over all processes; 8 on a CPU, 64 on a GPU where not given")
@@ -209,6 +209,8 @@ def resolve(recipe: ClassifyRecipe, num_images: int, *, patch: int, accelerator:
         raise UserError(f"crop_size {size} is no multiple of the patch size {patch}; give {fitting}")
     batch_size = recipe.batch_size or min(num_images, 8 if accelerator.device.type == "cpu" else 64)
     check_shares(batch_size, accelerator.num_processes, 1)
+    if recipe.mixup:
+        check_pairs(batch_size, accelerator.num_processes)
     steps = recipe.steps or recipe.epochs * max(1, num_images // batch_size)
     warmup = min(1500, steps // 10) if recipe.warmup_steps is None else recipe.warmup_steps
     return replace(recipe, crop_size=size, batch_size=batch_size, steps=steps, warmup_steps=warmup)

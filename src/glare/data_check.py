@@ -12,7 +12,7 @@ from glare.data.cache import Reading
 from glare.data.catalog import named
 from glare.data.labelled import IGNORE_INDEX, LabelledSet, default_split, open_labelled
 from glare.data.raster_windows import AS_NEEDED, RasterReading
-from glare.data.sources import BadImage, Images
+from glare.data.sources import BadImage, Images, split_folder
 from glare.errors import UserError
 from glare.near_duplicates import Twin, repeats, thumbnail, twins
 from glare.paths import local_path
@@ -113,6 +113,7 @@ def check_data(
     source: Images,
     data: str,
     *,
+    split: str | None = None,
     short_side: int | None,
     workers: int | None = None,
     progress: bool = False,
@@ -123,6 +124,7 @@ def check_data(
     Args:
         source: the images that ``data`` names, or some of them.
         data: where they come from.
+        split: the only part of ``data`` that they come from, as of `open_source`.
         short_side: px to which training reduces a longer short side, so that no larger image need be decoded.
         workers: decoding threads, by default one per core up to 8.
         progress: show a progress bar.
@@ -131,7 +133,7 @@ def check_data(
     Raises:
         UserError: not one image can be read.
     """
-    tallies, labelled = _label_sets(data, raster)
+    tallies, labelled = _label_sets(data, split, raster)
     names: list[str] = []
     kept: list[_Measured] = []
 
@@ -166,32 +168,34 @@ def split_of(name: str) -> str:
     return split if images else ""
 
 
-def _label_sets(data: str, raster: RasterReading) -> tuple[dict[str, _Tally], dict[str, tuple[LabelledSet, int]]]:
+def _label_sets(
+    data: str, split: str | None, raster: RasterReading
+) -> tuple[dict[str, _Tally], dict[str, tuple[LabelledSet, int]]]:
     """An empty tally for each labelled split of a folder; and set and index of each labelled image, by its name."""
     if named(data) is not None:
-        return _archive_labels(data)
-    folder = local_path(data)
+        return _archive_labels(data, split)
+    folder = split_folder(local_path(data), split)
     tallies: dict[str, _Tally] = {}
     labelled: dict[str, tuple[LabelledSet, int]] = {}
     for part in [folder] if _has_labels(folder) else sorted(folder.glob("*")):
-        split = "" if part == folder else part.name
+        name = "" if part == folder else part.name
         if not _has_labels(part):
             continue
         try:
-            found = open_labelled(data, split=split or None, raster=raster)
+            found = open_labelled(str(folder), split=name or None, raster=raster)
         except UserError as error:
-            tallies[split] = _Tally(unusable=[(str(part / "labels"), str(error))])
+            tallies[name] = _Tally(unusable=[(str(part / "labels"), str(error))])
             continue
-        tallies[split] = _Tally(found.classes)
+        tallies[name] = _Tally(found.classes)
         place = (part / "images").relative_to(folder).as_posix()
         labelled |= {f"{place}/{name}": (found, index) for index, name in enumerate(found.names)}
     return tallies, labelled
 
 
-def _archive_labels(data: str) -> tuple[dict[str, _Tally], dict[str, tuple[LabelledSet, int]]]:
-    """As `_label_sets`, of the training split of a data set of the catalog; nothing where it has only images."""
+def _archive_labels(data: str, split: str | None) -> tuple[dict[str, _Tally], dict[str, tuple[LabelledSet, int]]]:
+    """As `_label_sets`, of a split of a data set of the catalog, train for None; nothing where it has only images."""
     try:
-        found = open_labelled(data, split=default_split(data, TRAIN))
+        found = open_labelled(data, split=split or default_split(data, TRAIN))
     except UserError:
         return {}, {}
     return {"": _Tally(found.classes)}, {name: (found, index) for index, name in enumerate(found.names)}

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from glare.crops import PackedImages, fits, subset
 from glare.data.cache import memory_budget, pack, skipped_lines
+from glare.data.catalog import named
 from glare.data.few_shot import drawn
-from glare.data.sources import Images, fit, open_source
+from glare.data.sources import Images, check_no_split, fit, open_source
 from glare.data.streaming import SHUFFLE_BUFFER, Stream
 from glare.data.tables import Table, open_table, streamable
 from glare.errors import UserError
@@ -45,26 +46,27 @@ class Feed:
 
 
 def list_images(recipe: Any) -> Images:
-    """The images of a recipe's ``data``, with its ``match``, ``raster``, ``fraction`` and ``seed``."""
-    images = open_source(recipe.data, match=recipe.match, raster=recipe.raster)
+    """The images of a recipe's ``data``, with its ``split``, ``match``, ``raster``, ``fraction`` and ``seed``."""
+    images = open_source(recipe.data, split=recipe.split, match=recipe.match, raster=recipe.raster)
     return images.subset(drawn(len(images), seed=recipe.seed, fraction=recipe.fraction))
 
 
 def open_images(recipe: Any) -> Images | Table:
     """What a recipe trains on: a table that is streamed if that is wished for and possible, else `list_images`."""
-    if not (recipe.streaming and streamable(recipe.data)):
+    data, match, fraction = recipe.data, recipe.match, recipe.fraction
+    if named(data) is not None or not (recipe.streaming and streamable(data)):
         return list_images(recipe)
-    if recipe.match is not None:
+    if match is not None:
         raise UserError(
-            f"match {recipe.match!r} chooses files, and data {recipe.data!r} is streamed as a table; "
-            "leave one of them out"
+            f"match {match!r} chooses files, and data {data!r} is streamed as a table; leave one of them out"
         )
-    if recipe.fraction != 1:
+    if fraction != 1:
         raise UserError(
-            f"fraction is {recipe.fraction:g}, but nobody has counted the images of the table {recipe.data!r} that is "
-            "streamed; leave --streaming out"
+            f"fraction is {fraction:g}, but nobody has counted the images of the table {data!r} that is streamed; "
+            "leave --streaming out"
         )
-    return open_table(recipe.data, streaming=True)
+    check_no_split(data, recipe.split)
+    return open_table(data, streaming=True)
 
 
 def open_feed(source: Images | Table, recipe: Any, accelerator: Accelerator) -> Feed:

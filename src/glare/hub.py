@@ -24,9 +24,10 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
 )
 
 from glare import licences, recipes
+from glare.card_scores import result_files
 from glare.errors import UserError
 from glare.lineage import LookUp, offline
-from glare.model_card import Facts, Said, card, facts_of, result_files
+from glare.model_card import Facts, Said, card, facts_of
 from glare.model_names import is_repo_id
 from glare.paths import local_path
 from glare.publication import ADAPTER_FILES, MODEL_FILES, WEIGHTS, Publication, check, find, stage
@@ -124,7 +125,7 @@ def prepared(publication: Publication, recipe: PushRecipe, look_up: LookUp) -> I
     facts = facts_of(publication, recipe.said(), look_up)
     with tempfile.TemporaryDirectory(prefix="glare-push-") as name:
         staged = Path(name)
-        stage(publication, staged, card=card(facts), results=result_files(facts), base=facts.base.hub_id)
+        stage(publication, staged, card=card(facts), results=result_files(facts.evaluation), base=facts.base.hub_id)
         check(publication, staged)
         yield facts, staged
 

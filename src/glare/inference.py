@@ -14,6 +14,7 @@ from transformers import AutoModelForSemanticSegmentation, PreTrainedModel
 from glare import recipes
 from glare.backbones import check_size, read_config, read_normalisation
 from glare.configuration_glare import GlareConfig
+from glare.data.catalog import named
 from glare.data.geotiff import Raster
 from glare.data.labelled import MAX_CLASSES, distinct_colours
 from glare.data.raster_windows import WHOLE, RasterReading
@@ -38,7 +39,8 @@ class PredictRecipe:
 
     model: str = required("run folder of glare finetune, its model folder, or a Hub id")
     output: Path = required("new folder for the pictures")
-    images: tuple[str, ...] = required("images, or folders of them", positional=True)
+    images: tuple[str, ...] = required("images, folders of them, or of the catalog (loveda:FOLDER)", positional=True)
+    split: str | None = option(None, "sub-folder of a folder or split of the catalog; all of a folder, else val")
     window: int | None = option(None, "side in px of sliding windows; by default only above 1536 px, of 1024 px")
     stride: int | None = option(None, "distance of sliding windows in px; two thirds of the window by default")
     test_scale: tuple[int, int] | None = option(None, "bring images to fit these two sides in px first, as 2048,512")
@@ -68,7 +70,7 @@ def predict(recipe: PredictRecipe) -> list[tuple[str, str]]:
     """
     RunFolder.check(recipe.output)
     whole = replace(recipe.raster, tile=WHOLE)
-    sources = [open_source(images, raster=whole) for images in recipe.images]
+    sources = [open_source(data, split=recipe.split or usual_split(data), raster=whole) for data in recipe.images]
     accelerator = make_accelerator(device=recipe.device, precision=recipe.precision, report_to="none", output=Path())
     model, normalise = load_segmenter(recipe.model, device=accelerator.device)
     sweep = sweep_for(model, recipe)
@@ -99,6 +101,12 @@ def predict(recipe: PredictRecipe) -> list[tuple[str, str]]:
     for name, reason in skipped:
         print(f"  skipped {name}: {reason}")
     return skipped
+
+
+def usual_split(data: str) -> str | None:
+    """Of a data set of the catalog the split that is measured on; None for other images, which are all segmented."""
+    wanted = named(data)
+    return None if wanted is None else wanted.entry.split("val")
 
 
 def free_stem(name: str, taken: set[str]) -> str:

@@ -74,7 +74,13 @@ def run(given: Mapping[str, Any]) -> DataCheck:
     # the data
     short_side = training.image_size or None
     check = check_data(
-        source, recipe.data, short_side=short_side, workers=recipe.num_workers, progress=True, raster=recipe.raster
+        source,
+        recipe.data,
+        split=recipe.split,
+        short_side=short_side,
+        workers=recipe.num_workers,
+        progress=True,
+        raster=recipe.raster,
     )
     needs = Needs(global_size=training.views.global_size, image_size=training.image_size or 0)
     lines = advice(check, needs, data=recipe.data)

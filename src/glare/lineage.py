@@ -18,6 +18,7 @@ from glare.paths import local_path
 from glare.price import price
 from glare.report_text import price_text
 from glare.run_folder import run_folder_of
+from glare.stage_kinds import GLARE, Kind, kind_of
 from glare.typed_values import written
 from glare.yaml_files import flatten, read_mapping
 
@@ -27,27 +28,8 @@ LAYOUT_FOLDERS = {"images", "labels", "train", "val", "test", "model", "adapter"
 LookUp = Callable[[str, str], Mapping[str, Any] | None]
 """("model" or "dataset", Hub id) -> the metadata of its card, None where the Hub has no such thing."""
 
-SETTINGS = {
-    "backbone": {
-        "Objective": "{learned}",
-        "Trained": "{adapter} (rank {rank}, scale {scale}, place {adapter_place})",
-        "Steps": "{steps} of {batch_size} images",
-        "Learning rate": "{learning_rate}, {warmup_steps} steps of warm-up, cosine to {min_learning_rate}",
-        "Views": "2 of {views.global_size} px and {views.num_local} of {views.local_size} px an image",
-        "Weights of": "the {export}",
-        "Seed": "{seed}",
-    },
-    "model": {
-        "Head": "{head}",
-        "Trained besides the head": "{train_on}",
-        "Steps": "{steps} of {batch_size} crops of {crop_size} px",
-        "Learning rate": "{learning_rate} for the head, {backbone_learning_rate} below it, linear to 0",
-        "Seed": "{seed}",
-    },
-}
-"""The recipe key that names what a job starts from -> the settings that the card shows, made of recipe keys."""
-
-TITLES = {"backbone": "Adaptation without labels (GLARE)", "model": "Fine-tuning on labelled images"}
+RANDOM = "random weights"
+"""What a base model is called that is a configuration alone."""
 
 
 @dataclass(frozen=True)
@@ -63,16 +45,11 @@ class Origin:
 class Stage:
     """One run of training. ``start`` and ``data`` are as the user wrote them; ``run`` is its folder."""
 
-    job: str
+    kind: Kind
     run: Path
     start: str
     data: str
     settings: Mapping[str, str]
-
-    @property
-    def title(self) -> str:
-        """What the stage was."""
-        return TITLES[self.job]
 
 
 def stages_of(run: Path | None) -> list[Stage]:
@@ -80,29 +57,29 @@ def stages_of(run: Path | None) -> list[Stage]:
     found: list[Stage] = []
     while run is not None and run.resolve() not in [stage.run.resolve() for stage in found]:
         recipe = read_mapping(run / "recipe.yaml")
-        job = next((key for key in SETTINGS if recipe.get(key)), None)
-        if job is None:
+        kind = kind_of(recipe)
+        if kind is None:
             break
-        found.insert(0, Stage(job, run, str(recipe[job]), str(recipe.get("data")), _settings(job, recipe, run)))
+        settings = _settings(kind, recipe, run)
+        found.insert(0, Stage(kind, run, str(recipe[kind.start]), str(recipe.get("data")), settings))
         run = run_folder_of(str(local_path(found[0].start)))
     return found
 
 
-def _settings(job: str, recipe: Mapping[str, Any], run: Path) -> dict[str, str]:
+def _settings(kind: Kind, recipe: Mapping[str, Any], run: Path) -> dict[str, str]:
     """The settings of a stage for the card; those with a key that the recipe does not have are left out."""
     values = {key: written(value).replace(",", ", ") for key, value in flatten(recipe).items() if value is not None}
     if "objective" in values:
         terms = values.get(f"{values['objective']}.terms")
         values["learned"] = values["objective"] + (f", terms {terms}" if terms else "")
-    shown = {}
-    for title, text in SETTINGS[job].items():
-        filled = _filled(text, values)
-        if filled is not None:
-            shown[title] = filled
-    cost = price_text(replace(price(run, overhead=None), adapter_bytes=None))
-    images = _recorded(run).get("images")
+    shown = {title: filled for title, text in kind.settings.items() if (filled := _filled(text, values)) is not None}
+    images = _recorded(run / "price.json").get("images")
     extra = {"Images": f"{images:,}"} if isinstance(images, int) else {}
-    return {**extra, **shown, **({"Price": cost} if job == "backbone" and cost != "not known" else {})}
+    if not kind.unlabelled:
+        return {**extra, **shown, **_accuracy(_recorded(run / "accuracy.json"))}
+    verb = "adapted" if kind.name == GLARE.name else "trained"
+    cost = price_text(replace(price(run, overhead=None), adapter_bytes=None), verb=verb)
+    return {**extra, **shown, **({"Price": cost} if cost != "not known" else {})}
 
 
 def _filled(text: str, values: Mapping[str, str]) -> str | None:
@@ -113,8 +90,16 @@ def _filled(text: str, values: Mapping[str, str]) -> str | None:
     return text
 
 
-def _recorded(run: Path) -> dict[str, Any]:
-    return read_json(run / "price.json") if (run / "price.json").is_file() else {}
+def _accuracy(recorded: Mapping[str, Any]) -> dict[str, str]:
+    """What ``glare classify`` has measured, where it has."""
+    value = recorded.get("accuracy")
+    if not isinstance(value, float):
+        return {}
+    return {"Accuracy of its classifier": f"{100 * value:.2f} % on {public_name(str(recorded.get('data')))}"}
+
+
+def _recorded(file: Path) -> dict[str, Any]:
+    return read_json(file) if file.is_file() else {}
 
 
 def offline(_kind: str, _hub_id: str) -> Mapping[str, Any] | None:
@@ -131,7 +116,7 @@ def origin_of(kind: str, name: str, look_up: LookUp = offline) -> Origin:
         entry = wanted.entry
         return Origin(entry.title, entry.hub.id if entry.hub and not wanted.place else None, entry.licence)
     if name.endswith(".json"):
-        return Origin("random weights", None, licences.OURS)
+        return Origin(RANDOM, None, licences.OURS)
     if looks_like_hub_id(name):
         card = look_up(kind, name)
         if card is not None:

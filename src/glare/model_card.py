@@ -5,20 +5,20 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import yaml
-from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
+from huggingface_hub import ModelCardData
 
 from glare import licences
+from glare.card_scores import SCORES, SEGMENTATION, Evaluation, model_index, read_evaluation
 from glare.comparison_words import verdicts_in
-from glare.dense_inference import Sweep, read_sweep
 from glare.errors import UserError, first_line, redacted
-from glare.json_files import read_json
 from glare.licences import Licence
 from glare.lineage import (
+    RANDOM,
     LookUp,
     Origin,
     Stage,
@@ -32,14 +32,12 @@ from glare.publication import PLACES, Publication, find, glare_config
 from glare.report_tables import escape
 from glare.report_text import UNKNOWN as DASH
 from glare.run_folder import atomic_write_text
+from glare.stage_kinds import GLARE_PAPER, SIMMIM, Paper
 
 ASSETS = Path(__file__).parent / "assets"
 HOMEPAGE = "https://pypi.org/project/glare-ssl"
 TASKS = {"backbone": "image-feature-extraction", "adapter": "image-feature-extraction"}
-SEGMENTATION = "image-segmentation"
 WEB = re.compile(r"https?://[^\s()<>\[\]]+")
-SCORES = {"miou": ("mean_iou", "mIoU"), "aacc": ("accuracy", "pixel accuracy"), "macc": ("mean_accuracy", "mAcc")}
-"""Key of eval.json -> metric of the Hub and its name."""
 
 
 @dataclass(frozen=True)
@@ -60,28 +58,6 @@ class Said:
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """What ``eval.json`` says; scores are fractions, None where undefined. ``data`` is a name, not a path."""
-
-    scores: Mapping[str, float | None]
-    iou: Mapping[str, float | None]
-    num_images: int
-    data: str
-    split: str | None
-    match: str | None
-    seed: int | None
-    sweep: Sweep
-
-    @property
-    def described(self) -> str:
-        """On what was measured, in a sentence."""
-        part = f", split {self.split}" if self.split else ""
-        part += f", files {self.match}" if self.match else ""
-        seed = "" if self.seed is None else f"; the training had seed {self.seed}"
-        return f"On {self.num_images} images of {escape(self.data + part)}, {self.sweep.described}{seed}."
-
-
-@dataclass(frozen=True)
 class Facts:
     """All that a card says. ``stages`` have their data beside them; ``said`` is what the user added."""
 
@@ -99,9 +75,20 @@ class Facts:
         return list({data.name: data for _, data in self.stages}.values())
 
     @property
-    def adapted_to(self) -> list[str]:
+    def unlabelled(self) -> list[str]:
         """Names of the data of the stages without labels."""
-        return list(dict.fromkeys(data.name for stage, data in self.stages if stage.job == "backbone"))
+        return list(dict.fromkeys(data.name for stage, data in self.stages if stage.kind.unlabelled))
+
+    @property
+    def from_scratch(self) -> bool:
+        """Whether it began with random weights, so that it learned and was not adapted."""
+        return self.base.name == RANDOM
+
+    @property
+    def papers(self) -> list[Paper]:
+        """Those of the stages; of a model that has none, that of this package."""
+        found = dict.fromkeys(stage.kind.paper for stage, _ in self.stages if stage.kind.paper)
+        return list(found) or [GLARE_PAPER]
 
 
 def write_card(folder: Path) -> None:
@@ -128,7 +115,7 @@ def facts_of(publication: Publication, said: Said | None = None, look_up: LookUp
         said=said,
         base=base,
         stages=trained,
-        evaluation=_evaluation(publication, own, said),
+        evaluation=read_evaluation(publication, own, said.data_name),
         comparison=None if said.comparison is None else verdicts_in(said.comparison),
         licence=Licence(said.license, "as given") if said.license else licences.combined(parts),
     )
@@ -150,42 +137,6 @@ def _data_of(stage: Stage, own: str | None, said: Said, look_up: LookUp) -> Orig
     if said.data_name is not None:
         data = replace(data, name=said.data_name, hub_id=said.data_name if looks_like_hub_id(said.data_name) else None)
     return data if said.data_license is None else replace(data, licence=Licence(said.data_license, "as given"))
-
-
-def _evaluation(publication: Publication, own: str | None, said: Said) -> Evaluation | None:
-    file = publication.run / "eval.json" if publication.run else None
-    if file is None or not file.is_file() or publication.kind not in ("segmenter", "upernet"):
-        return None
-    values = read_json(file)
-    data = str(values.get("data"))
-    name = data if looks_like_hub_id(data) else public_name(data)
-    try:
-        return Evaluation(
-            scores={key: _score(values[key]) for key in SCORES},
-            iou={str(name): _score(value) for name, value in values["iou"].items()},
-            num_images=int(values["num_images"]),
-            data=said.data_name if said.data_name and public_name(data) == own else name,
-            split=_text(values.get("split")),
-            match=_text(values.get("match")),
-            seed=values.get("seed"),
-            sweep=read_sweep(values.get("inference", {})),
-        )
-    except KeyError as error:
-        raise UserError(f"{file} has no {error}; write it again with `glare evaluate --json`") from None
-    except (TypeError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"{file} holds a value of another kind ({first_line(error)}); write it again with `glare evaluate --json`"
-        ) from None
-
-
-def _score(value: Any) -> float | None:
-    """A score, None where it is undefined. Raises TypeError or ValueError for anything else."""
-    return None if value is None else float(value)
-
-
-def _text(value: Any) -> str | None:
-    """A name, None where there is none."""
-    return None if value is None else str(value)
 
 
 def card(facts: Facts) -> str:
@@ -229,11 +180,15 @@ def _context(facts: Facts) -> dict[str, Any]:
         "adapter_inside": publication.adapter is not None and publication.model is not None,
         "registers": adapter is not None and adapter.get("peft_type") == "UNIADAPTER",
         "base": facts.base,
-        "adapted": facts.adapted_to,
+        "adapted": bool(facts.unlabelled) and not facts.from_scratch,
+        "from_scratch": facts.from_scratch and facts.stages,
+        "papers": facts.papers,
         "load_from": facts.said.repo_id or "path/to/this/folder",
         "evaluation": facts.evaluation,
         "comparison": facts.comparison,
-        "stages": [{"title": stage.title, "data": data, "settings": stage.settings} for stage, data in facts.stages],
+        "stages": [
+            {"title": stage.kind.title, "data": data, "settings": stage.settings} for stage, data in facts.stages
+        ],
         "versions": config.get("transformers_version"),
         "patch": _patch(config),
         "data_sets": facts.data_sets,
@@ -255,19 +210,31 @@ def title_of(facts: Facts) -> str:
 
 def _summary(facts: Facts) -> str:
     """What the model is, in a sentence."""
-    publication, base = facts.publication, escape(facts.base.name)
+    publication = facts.publication
+    base = "a ViT that began with random weights" if facts.from_scratch else escape(facts.base.name)
     kind = str((publication.adapter_config or {}).get("peft_type", "")).replace("UNIADAPTER", "UniAdapter")
     if publication.kind == "adapter":
         what = f"{kind} adapter for {base}"
     elif publication.kind == "backbone":
-        what = base + (f" with {kind} adapters" if kind else "")
+        what = base.replace("a ViT", "A ViT", 1) if facts.from_scratch else base
+        what += f" with {kind} adapters" if kind else ""
     else:
         classes = list(publication.config.get("id2label", {}).values())
         what = f"Semantic segmentation into {len(classes)} classes ({escape(', '.join(classes))}) with {base}"
-    adapted = f", adapted without labels to images of {escape(', then '.join(facts.adapted_to))}"
-    made = f"Made with [glare-ssl]({HOMEPAGE}), an implementation of GLARE"
-    paper = "(arXiv [2509.17816](https://arxiv.org/abs/2509.17816))"
-    return f"{what}{adapted if facts.adapted_to else ''}. {made} {paper}."
+    made = f"Made with [glare-ssl]({HOMEPAGE})"
+    if GLARE_PAPER in facts.papers:
+        number = GLARE_PAPER.arxiv
+        made += f", an implementation of GLARE (arXiv [{number}](https://arxiv.org/abs/{number}))"
+    return f"{', '.join([what, _history(facts.stages)]).rstrip(', ')}. {made}."
+
+
+def _history(stages: Sequence[tuple[Stage, Origin]]) -> str:
+    """What was done to the base model, in order; nothing of fine-tuning."""
+    parts = []
+    for done, group in groupby(stages, key=lambda pair: pair[0].kind.done):
+        if done:
+            parts.append(f"{done} {escape(', then '.join(dict.fromkeys(data.name for _, data in group)))}")
+    return ", then ".join(parts)
 
 
 def _patch(config: Mapping[str, Any]) -> int | None:
@@ -294,7 +261,10 @@ def metadata(facts: Facts) -> ModelCardData:
     adapter = facts.publication.adapter_config
     peft_type = str(adapter["peft_type"]).lower() if adapter else None
     data_ids = [data.hub_id for data in facts.data_sets if data.hub_id]
-    tags = ["glare", "self-supervised-learning", "domain-adaptation", *([peft_type] if peft_type else [])]
+    learned = facts.from_scratch and facts.unlabelled
+    tags = ["glare", "self-supervised-learning", *([] if learned else ["domain-adaptation"])]
+    tags += [SIMMIM.name] if any(stage.kind.name == SIMMIM.name for stage, _ in facts.stages) else []
+    tags += [peft_type] if peft_type else []
     tags += [tag for tag in facts.said.tags if tag not in tags]
     evaluated = facts.evaluation is not None
     licence: dict[str, Any] = facts.licence.metadata()
@@ -308,41 +278,5 @@ def metadata(facts: Facts) -> ModelCardData:
         metrics=[metric for metric, _ in SCORES.values()] if evaluated else None,
         tags=tags,
         model_name=title_of(facts) if evaluated else None,
-        eval_results=_model_index(facts.evaluation) if facts.evaluation else None,
+        eval_results=model_index(facts.evaluation) if facts.evaluation else None,
     )
-
-
-def _model_index(evaluation: Evaluation) -> list[EvalResult]:
-    return [
-        EvalResult(
-            task_type=SEGMENTATION,
-            dataset_type=_data_id(evaluation),
-            dataset_name=evaluation.data,
-            dataset_split=evaluation.split,
-            metric_type=metric,
-            metric_name=name,
-            metric_value=evaluation.scores[key],
-        )
-        for key, (metric, name) in SCORES.items()
-        if evaluation.scores[key] is not None
-    ]
-
-
-def _data_id(evaluation: Evaluation) -> str:
-    """The Hub id of the data, otherwise their name as the formats allow it."""
-    return evaluation.data if looks_like_hub_id(evaluation.data) else re.sub(r"[^\w.-]+", "-", evaluation.data)
-
-
-def result_files(facts: Facts) -> dict[str, str]:
-    """Path in the repository -> text of its evaluation results in the form of ``.eval_results``; none without any."""
-    evaluation = facts.evaluation
-    if evaluation is None or evaluation.scores["miou"] is None:
-        return {}
-    entry = EvalResultEntry(
-        dataset_id=_data_id(evaluation),
-        task_id="semantic_segmentation",
-        value=evaluation.scores["miou"],
-        notes=f"mIoU as a fraction. {evaluation.described}",
-    )
-    text = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False, allow_unicode=True)
-    return {".eval_results/glare.yaml": text}

@@ -16,6 +16,9 @@ from glare.errors import UserError, first_line
 EMBEDDED = "landcover-vit"
 EMBEDDED_FOLDER = Path(__file__).parent / "assets" / EMBEDDED
 
+CONFIGURATIONS = ("config.json", "adapter_config.json", "model/config.json", "adapter/adapter_config.json")
+"""Files one of which each folder of a model has."""
+
 REFUSED = {
     401: "the Hub does not accept the token (401); log in with `hf auth login`",
     403: "the token may not read it (403); ask its owner for access, or use another token",
@@ -57,7 +60,7 @@ def place_of(name: str) -> Place:
 
     ``landcover-vit`` is the small ViT inside this package, a run folder stands for the ``model`` in it, ``ID@revision``
     is a revision of a Hub id; anything else is a folder, a file or a Hub id as it is. Raises UserError for a run that
-    is not among the others of its folder, which may have the form of a Hub id, too.
+    is not among the others of its folder, which may have the form of a Hub id, too, and for a folder of several runs.
     """
     if name == EMBEDDED:
         return Place(str(EMBEDDED_FOLDER))
@@ -69,11 +72,28 @@ def place_of(name: str) -> Place:
         return Place(repository, revision)
     if not folder.exists():
         _check_not_a_missing_run(folder)
+    elif name:
+        check_one_run(folder)
     return Place(name)
 
 
+def check_one_run(folder: Path) -> None:
+    """Raise UserError for a folder that has no model but runs in it, such as those of several seeds."""
+    runs = _runs_in(folder)
+    if runs and not any((folder / file).exists() for file in CONFIGURATIONS):
+        raise UserError(
+            f"{str(folder)!r} is the folder of several runs ({', '.join(runs)}) and no model itself; give one of them, "
+            f"such as {str(folder / runs[0])!r}"
+        )
+
+
+def _runs_in(folder: Path) -> list[str]:
+    """Names of the run folders in a folder, seed_2 before seed_10."""
+    return sorted((recipe.parent.name for recipe in folder.glob("*/recipe.yaml")), key=lambda name: (len(name), name))
+
+
 def _check_not_a_missing_run(path: Path) -> None:
-    runs = sorted(recipe.parent.name for recipe in path.parent.glob("*/recipe.yaml"))
+    runs = _runs_in(path.parent)
     if runs:
         raise UserError(f"there is no {str(path)!r}; the runs in {str(path.parent)!r} are {', '.join(runs)}")
 

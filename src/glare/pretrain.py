@@ -70,6 +70,7 @@ class PretrainRecipe:
     backbone: str = required("folder or Hub id of a ViT, 'landcover-vit', or a config.json for random weights")
     data: str = required("folder, Hub id, parquet or tar shards, landcover:<domain>[:count[:seed]], loveda:FOLDER")
     output: Path = required("run folder to write")
+    split: str | None = option(None, "sub-folder of a folder or split of the catalog; all of a folder, else train")
     match: str | None = option(None, "globs on file stems, comma-separated, ! excludes")
     fraction: float = option(1.0, "train on this share of the images only, as 0.1 or 1/32, drawn with the seed")
     objective: str = option("glare", "what is learned", choices=tuple(OBJECTIVES))
@@ -83,7 +84,7 @@ class PretrainRecipe:
     epochs: int | None = option(None, "passes over the images, instead of steps")
     batch_size: int | None = option(None, "images a step over all processes; 8 on a CPU, 64 on a GPU where not given")
     gradient_accumulation_steps: int = option(1, "parts of a batch that are computed one after another, to save memory")
-    learning_rate: float | None = option(None, "peak; derived where not given")
+    learning_rate: float | None = option(None, "peak; derived where not given, 1e-4 for all weights with simmim")
     min_learning_rate: float = option(1e-6, "at the end of the cosine")
     warmup_steps: int | None = option(None, "linear warm-up; derived where not given")
     weight_decay: float = option(0.1, "of matrices; biases and norms have none")
@@ -101,8 +102,7 @@ class PretrainRecipe:
         "images are kept with at most this short side in px, 0 for native; twice the global views where not given",
     )
     streaming: bool | None = option(
-        None,
-        "read images anew for each step; by default only if decoded they fit neither memory nor disk",
+        None, "read images anew for each step; by default only if decoded they fit neither memory nor disk"
     )
     strict: bool = option(False, "stop at the first unreadable image instead of skipping it")
     seed: int = option(0, "of all draws")
@@ -293,7 +293,7 @@ def resolve(
         **derive_optimisation(steps),
         **derive_model(steps, batch_size, patch_size=patch_size, anchored=asked.adapter in ANCHORED),
     }
-    derived = OBJECTIVES[asked.objective].derive(derived)
+    derived = OBJECTIVES[asked.objective].derive(derived, adapter=asked.adapter)
     known = {key: value for key, value in given.items() if value is not None}
     recipe = recipes.from_dict(PretrainRecipe, overlay(derived, known))
     OBJECTIVES[recipe.objective].check(recipe)

@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoModelForSemanticSegmentation
 
 from glare.errors import UserError, first_line
 from glare.json_files import read_json
-from glare.model_names import Place
+from glare.model_names import Place, check_one_run
 from glare.run_folder import run_folder_of
 
 CODE = ("configuration_glare.py", "modeling_glare.py", "segmentation_heads.py", "uniadapter.py")
@@ -86,6 +86,7 @@ def find(folder: Path) -> Publication:
         return Publication(folder, _kind(folder), folder, None, run)
     if (folder / "adapter_config.json").is_file():
         return Publication(folder, "adapter", None, folder, run)
+    check_one_run(folder)
     if run is not None:
         raise UserError(f"the run in {folder} has no model yet; let it finish with --resume, then push it")
     raise UserError(f"{folder} holds neither config.json nor adapter_config.json; {EXPECTED}")

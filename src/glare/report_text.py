@@ -234,13 +234,13 @@ def _notes(result: Comparison, row: Row) -> list[str]:
     return notes
 
 
-def price_text(price: Price) -> str:
-    """What a model costs, in a line."""
+def price_text(price: Price, *, verb: str = "adapted") -> str:
+    """What a model costs, in a line; ``verb`` is what was done to it."""
     overhead = price.overhead
     parts = [
         (price.adapter_bytes, f"{size(price.adapter_bytes)} stored"),
         (price.parameters_trained, f"{price.parameters_trained or 0:,} parameters trained"),
-        (price.seconds, f"adapted in {duration(price.seconds)}" + (f" on {price.device}" if price.device else "")),
+        (price.seconds, f"{verb} in {duration(price.seconds)}" + (f" on {price.device}" if price.device else "")),
         (price.peak_memory_bytes, f"{size(price.peak_memory_bytes)} of memory at most"),
         (overhead, f"{overhead_text(overhead)} time a forward pass"),
     ]

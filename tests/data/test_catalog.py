@@ -11,6 +11,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from labelled_samples import write_labelled
 from numpy.typing import NDArray
 from PIL import Image
 from small_runs import FINETUNE, SHARED
@@ -322,6 +323,43 @@ def test_a_check_of_the_data_counts_the_labels_by_the_rule(tmp_path: Path) -> No
     assert check_data(open_source(data), data, short_side=None).labels == []
 
 
+def test_images_of_a_split(tmp_path: Path) -> None:
+    """Of an archive by its name, of a folder by its sub-folder; None is train there and everything here."""
+    archive = ARCHIVES["loveda"]
+    archive.write(tmp_path / "archive")
+    data = f"loveda:{tmp_path}/archive"
+    for split, found in ((None, "train"), ("train", "train"), ("val", "val"), ("test", "test")):
+        assert list(open_source(data, split=split).names) == archive.paths(found)
+    check = check_data(open_source(data, split="val"), data, split="val", short_side=None)
+    assert check.names == archive.paths("val") and sum(check.labels[0].pixels.values()) > 0
+
+    folder = tmp_path / "folder"
+    for split, count in (("train", 3), ("val", 2)):
+        write_labelled(folder / split, count)
+    assert len(open_source(str(folder))) == 5
+    images = open_source(str(folder), split="val")
+    assert list(images.names) == ["images/scene_0.png", "images/scene_1.png"]
+    found = check_data(images, str(folder), split="val", short_side=None)
+    assert found.names == images.names and len(found.labels) == 1 and not found.labels[0].unusable
+
+
+def test_a_split_that_is_not_there(tmp_path: Path) -> None:
+    ARCHIVES["loveda"].write(tmp_path / "archive")
+    write_labelled(tmp_path / "folder" / "train", 1)
+    image = tmp_path / "folder" / "train" / "images" / "scene_0.png"
+    for data, split, message in (
+        (f"loveda:{tmp_path}/archive", "vall", "loveda has no split 'vall'; choose one of train, val, test"),
+        (str(tmp_path / "folder"), "val", "has no split 'val', which would be val/images; it has train"),
+        (str(tmp_path / "folder"), "../folder/train", "has no split '../folder/train', .* it has train"),
+        (str(tmp_path / "folder" / "train"), "val", "has no split 'val', which would be val/images; leave split out"),
+        (str(image), "val", "has no splits to choose from, 'val' was asked for; leave split out"),
+        ("landcover:arid:3", "val", "has no splits to choose from"),
+        ("owner/name", "val", "has no splits to choose from"),
+    ):
+        with pytest.raises(UserError, match=message):
+            open_source(data, split=split)
+
+
 # what is not right
 
 
@@ -338,6 +376,17 @@ def test_a_number_that_differs_is_said_once_in_a_line(
     whole = CATALOG[archive.name].counts["train"]
     title = CATALOG[archive.name].title
     assert caplog.messages == [f"{data}: train has 2 images here, {whole:,} in the whole of {title}"]
+
+
+def test_only_the_main_process_of_a_run_says_the_number(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ARCHIVES["loveda"].write(tmp_path)
+    for rank, lines in (("1", 0), ("0", 1)):
+        monkeypatch.setenv("RANK", rank)
+        _say_once.cache_clear()
+        open_source(f"loveda:{tmp_path}")
+        assert len(caplog.messages) == lines
 
 
 def test_a_number_that_is_right_is_not_said(

@@ -1,6 +1,7 @@
 """The images and labels of one split of a data set of the catalog, from its archive, from tables or from the Hub."""
 
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -72,7 +73,8 @@ def open_part(wanted: Named, split: str | None, *, labelled: bool) -> Part:
 
 @cache
 def _say_once(line: str) -> None:
-    logger.warning(line)
+    if os.environ.get("RANK", "0") == "0":  # all processes of a run list the same images
+        logger.warning(line)
 
 
 def _checked(entry: Entry, split: str | None) -> str:

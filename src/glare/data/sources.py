@@ -112,32 +112,39 @@ class Images:
         return Images([self.names[i] for i in kept], lambda index: self.open_image(kept[index]), parts)
 
 
-def open_source(data: str, *, match: str | None = None, raster: RasterReading = AS_NEEDED) -> Images:
+def open_source(
+    data: str, *, split: str | None = None, match: str | None = None, raster: RasterReading = AS_NEEDED
+) -> Images:
     """List the images that ``data`` names.
 
     Args:
         data: a folder (of any depth; of one with ``images`` and ``labels`` side by side only ``images``), an
             image, a parquet file or tar shard, a folder or address of them, a data set of the Hub as ``owner/name``
             (its ``train`` split, or the largest if there is none), or ``landcover:<domain>[:count[:seed]]``.
+        split: sub-folder of a folder with ``<split>/images``, or train, val or test of the catalog's; None takes all
+            images of a folder, and train of the catalog's.
         match: globs on file stems, comma-separated, a leading ``!`` excludes: ``tile[134]_*,!tile1_003``.
         raster: how the GeoTIFFs of folders are read.
 
     Raises:
-        UserError: there is no such data, it holds no images, or ``match`` selects none.
+        UserError: there is no such data or split, it holds no images, or ``match`` selects none.
     """
     path = local_path(data)
     kind = kind_of(path) if data else None
     if kind == "folder":
-        images = _open_folder(path, raster)
+        images = _open_folder(split_folder(path, split), raster)
     elif kind == "file":
+        check_no_split(data, split)
         images = _open_file(path, raster)
     elif data.partition(":")[0] == "landcover":
+        check_no_split(data, split)
         scenes = parse_landcover(data)
         images = Images([scenes.name(i) for i in range(len(scenes))], scenes.read)
     elif (wanted := named(data)) is not None:
-        part = open_part(wanted, wanted.entry.split("train"), labelled=False)
+        part = open_part(wanted, split or wanted.entry.split("train"), labelled=False)
         images = Images(part.names, lambda index: open_picture(part.image(index)))
     elif HUB_ID.fullmatch(data) or data.startswith(REMOTE):
+        check_no_split(data, split)
         images = table_images(data)
     else:
         raise UserError(
@@ -145,6 +152,26 @@ def open_source(data: str, *, match: str | None = None, raster: RasterReading = 
             f"{suggestion(data)}; check the spelling, or give a folder of images"
         )
     return images.subset(matching(images.names, match, data=data))
+
+
+def split_folder(folder: Path, split: str | None) -> Path:
+    """The sub-folder of a split, the folder itself for None. Raises UserError where there is no such split."""
+    if split is None:
+        return folder
+    splits = sorted(images.parent.name for images in folder.glob("*/images") if images.is_dir())
+    if split not in splits:
+        others = f"it has {', '.join(splits)}" if splits else "leave split out"
+        raise UserError(f"folder {str(folder)!r} has no split {split!r}, which would be {split}/images; {others}")
+    return folder / split
+
+
+def check_no_split(data: str, split: str | None) -> None:
+    """Raise UserError where a split is asked for of data that have none to choose."""
+    if split is not None:
+        raise UserError(
+            f"data {data!r} has no splits to choose from, {split!r} was asked for; leave split out (only data sets of "
+            "the catalog and folders with <split>/images have them)"
+        )
 
 
 def matching(names: Sequence[str], match: str | None, *, data: str) -> list[int]:

@@ -54,8 +54,8 @@ class Objective(nn.Module, ABC):
         return cls(vit.hidden_size, vit.num_attention_heads, settings)
 
     @classmethod
-    def derive(cls, derived: Mapping[str, Any]) -> dict[str, Any]:
-        """Recipe keys where the user gives none, from those that were ``derived`` for GLARE."""
+    def derive(cls, derived: Mapping[str, Any], *, adapter: str) -> dict[str, Any]:  # noqa: ARG003
+        """Recipe keys where the user gives none, from those that were ``derived`` for GLARE's adapters."""
         return dict(derived)
 
     @classmethod
