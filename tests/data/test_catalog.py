@@ -192,7 +192,7 @@ def test_classes_and_counts_are_those_of_the_papers(name: str, classes: int, cou
     entry = CATALOG[name]
     assert entry.counts == counts and entry.name == name
     names, palette = entry.classes.names, entry.classes.palette
-    assert len(names) == len(set(names)) == len(palette) == classes and all(n == n.strip() for n in names)
+    assert len(names) == len(set(names)) == len(palette) == classes and all(n == " ".join(n.split()) for n in names)
     ways = [entry.values, *(way.values for layout in entry.layouts for way in layout.labels)]
     assert all(sorted(values.classes.values()) == list(range(classes)) for values in ways)
     assert not any(values.ignored & values.classes.keys() for values in ways)
@@ -202,6 +202,7 @@ def test_some_classes_by_index() -> None:
     """Indices that other code bases print: a list that slipped by one would differ."""
     at = {name: CATALOG[name].classes.names for name in CATALOG}
     assert [at["ade20k"][k] for k in (0, 12, 59, 89, 149)] == ["wall", "person", "stairway", "television", "flag"]
+    assert at["ade20k"][91] == "dirt track"
     assert [at["pascal_context"][k] for k in (0, 1, 30, 59)] == ["background", "aeroplane", "cup", "wood"]
     assert [at["cityscapes"][k] for k in (0, 10, 13, 18)] == ["road", "sky", "car", "bicycle"]
     assert CATALOG["cityscapes"].classes.palette[13] == (0, 0, 142)
@@ -499,6 +500,36 @@ def test_places_that_hold_something_else(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("text")
     with pytest.raises(UserError, match="which is no folder"):
         open_source(f"camvid:{tmp_path / 'file'}")
+
+
+@pytest.mark.parametrize(
+    ("name", "level"),
+    [
+        ("ade20k", "images"),
+        ("ade20k", "annotations/validation"),
+        ("loveda", "Train"),
+        ("loveda", "Val/Urban/images_png"),
+        ("cityscapes, ids", "leftImg8bit"),
+        ("camvid", "val"),
+        ("oxford_pets", "images"),
+        ("pascal_context", "ImageSets"),
+        ("cityscapes, ids", ".."),
+    ],
+)
+def test_a_wrong_level_of_an_archive_is_told_the_right_one(name: str, level: str, tmp_path: Path) -> None:
+    archive = ARCHIVES[name]
+    root = archive.write(tmp_path / "archive")
+    split = list(archive.folders)[1]
+    with pytest.raises(UserError) as caught:
+        open_labelled(f"{archive.name}:{(root / level).resolve()}", split=split)
+    assert f"which is {str(root)!r}; give --data {archive.name}:{root}" in str(caught.value)
+
+
+def test_a_folder_beside_an_archive_is_no_part_of_it(tmp_path: Path) -> None:
+    ARCHIVES["loveda"].write(tmp_path / "LoveDA")
+    (tmp_path / "other").mkdir()
+    with pytest.raises(UserError, match=r"does not hold LoveDA val as its archive does .*; unpack https://zenodo"):
+        open_labelled(f"loveda:{tmp_path / 'other'}", split="val")
 
 
 @pytest.mark.parametrize(

@@ -102,15 +102,27 @@ def _open(wanted: Named, split: str, *, labelled: bool) -> Part:
                 return _archive(entry, layout, root, split, labelled=labelled)
         if next(folder.rglob("*.parquet"), None) is not None:
             return _tables(wanted, folder, split, labelled=labelled)
-        raise UserError(
-            f"folder {place!r} does not hold {entry.title} {split} as its archive does ({_expected(entry, split)}), "
-            f"nor parquet files; unpack {entry.archive} there"
-        )
+        raise _misplaced(entry, place, split)
     if "/" in place and is_repo_id(place) and kind_of(folder) is None:
         return _any_hub(wanted, place, split, labelled=labelled)
     raise UserError(
         f"data {str(wanted)!r} names {place!r}, which is no folder; give the folder of the unpacked archive "
         f"({entry.archive}), or of parquet files"
+    )
+
+
+def _misplaced(entry: Entry, place: str, split: str) -> UserError:
+    """What to say of a folder that does not hold this split: where it is, if near, or what to unpack."""
+    near = (layout.around(local_path(place), ALL if _is_study(split) else split) for layout in entry.layouts)
+    root = next(filter(None, near), None)
+    if root is not None:
+        return UserError(
+            f"folder {place!r} is not the one that holds the archive of {entry.title}, which is {str(root)!r}; "
+            f"give --data {entry.name}:{root}"
+        )
+    return UserError(
+        f"folder {place!r} does not hold {entry.title} {split} as its archive does ({_expected(entry, split)}), "
+        f"nor parquet files; unpack {entry.archive} there"
     )
 
 

@@ -16,7 +16,7 @@ class Classes:
 
 def _classes(names: str, palette: str) -> Classes:
     """Names between commas, colours as hexadecimal RRGGBB between spaces, on any number of lines."""
-    return Classes(tuple(name.strip() for name in names.split(",")), hues(palette))
+    return Classes(tuple(" ".join(name.split()) for name in names.split(",")), hues(palette))
 
 
 ADE20K = _classes(

@@ -16,6 +16,8 @@ IGNORED = 255
 LISTED_NAME = re.compile(r"\w[\w.-]*")
 """What may stand in a list of images: a name without folders, so that no list leads out of its archive."""
 MAX_LIST_BYTES = 2**24
+NEAR = 5
+"""Levels above a folder where the archive that it is a part of may begin."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,17 @@ class Layout:
     def has_labels(self, root: Path, image: str) -> bool:
         """Whether there is a folder where the label of this image belongs."""
         return any((root / way.of(image)).parent.is_dir() for way in self.labels)
+
+    def around(self, folder: Path, split: str) -> Path | None:
+        """The archive's own folder with images and labels of this split, if ``folder`` is in it or right above it."""
+        here = folder.absolute()
+        for place in (*here.parents[:NEAR], *sorted(here.glob("*/"))):
+            root = self.root(place, split)
+            if root is None or not (here.is_relative_to(root) or root.is_relative_to(here)):
+                continue
+            if any(self.has_labels(root, f"{images}/name.jpg") for images in self.folders[split]):
+                return root
+        return None
 
     def tells(self, folder: Path) -> Path | None:
         """The archive's own folder if ``folder``, it or a part of it, holds images and labels laid out like this."""
