@@ -81,6 +81,10 @@ def test_groups_of_a_column_of_the_metadata(both: Path) -> None:
     for split, text in lines.items():
         (both / split / "images" / "metadata.csv").write_text(text)
     assert groups_of(opened(both), "site", data=str(both)) == ["a", "b", "a", "b", "c", "c"]
+    (both / "val").rename(both / "validation")
+    assert opened(both).parts[-1] == "val"
+    assert groups_of(opened(both), "site", data=str(both)) == ["a", "b", "a", "b", "c", "c"]
+    (both / "validation").rename(both / "val")
     (both / "val" / "images" / "metadata.csv").write_text("file_name,site\ntile3_0.png,c\n")
     with pytest.raises(UserError, match=r"no line for 'val/tile3_1\.png'"):
         groups_of(opened(both), "site", data=str(both))

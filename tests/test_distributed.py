@@ -194,7 +194,8 @@ def test_fine_tuning_is_the_same_on_two_processes_and_in_passes(
     script = tmp_path / "finetune.py"
     script.write_text(WITHOUT_DROPOUT)
     # the processes stay together from one seed to the next
-    two = forked(forks, recipe("two", gradient_accumulation_steps=2, seeds=2, val_match="*"), script)
+    val = str(write_labelled(tmp_path / "val", 3))
+    two = forked(forks, recipe("two", gradient_accumulation_steps=2, seeds=2, val_data=val), script)
     assert_same(two / "seed_0")
     assert json.loads((two / "seeds.json").read_text())["seeds"] == [0, 1]
 

@@ -18,6 +18,7 @@ from glare.data.labelled import LabelledSet, open_labelled
 from glare.evaluate import PASS_PIXELS, check_classes, confusion, evaluate, read_ahead, table, training_seed
 from glare.metrics import SegmentationScores
 from glare.split_scores import ScoreSplitter, SplitScores
+from glare.trained_images import trained_on
 from glare.views import Normalisation
 
 NORMALISE = Normalisation()
@@ -136,6 +137,52 @@ def test_the_split_defaults_to_val(model_folder: Path, tmp_path: Path, capsys: p
     assert "(2 images)" in out and "(3 images)" in out
 
 
+def test_the_split_that_was_taken_is_said(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_labelled(tmp_path / "parts" / "train", 2)
+    file = tmp_path / "scores.json"
+    argv = ["evaluate", "--model", str(model_folder), "--data", str(tmp_path / "parts"), "--json", str(file)]
+    assert glare_main(argv) == 0
+    assert "evaluated on the split 'train'; --split takes another one" in capsys.readouterr().out
+    assert json.loads(file.read_text())["split"] == "train"
+    write_labelled(tmp_path / "parts" / "validation", 3)
+    assert glare_main(argv) == 0
+    assert "evaluated on the split 'validation'" in capsys.readouterr().out
+    assert glare_main([*argv, "--split", "train"]) == 0
+    assert "evaluated on" not in capsys.readouterr().out
+
+
+def test_images_that_the_model_was_trained_on_are_counted(
+    model_folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, file = tmp_path / "run", tmp_path / "scores.json"
+    run.mkdir()
+    model_folder.rename(run / "model")
+    argv = ["evaluate", "--model", str(run), "--data", str(data), "--json", str(file)]
+    for recipe, count in (
+        (f"data: {data}\nmatch: '!*_0'\nhead: fpn\nraster: {{tile: null}}\n", 4),
+        (f"data: {data}\nnum_images: 3\nseed: 1\n", 3),
+        (f"data: {data.parent / 'gone'}\n", 0),
+        (f"data: {write_labelled(tmp_path / 'others', 5)}\n", 0),
+        ("data: ade20k\n", 0),
+        ("seed: 1\n", 0),
+    ):
+        (run / "recipe.yaml").write_text(recipe)
+        assert glare_main(argv) == 0
+        warned = f"warning: the model was trained on {count} of these 5 images: new ones would score lower\n"
+        out = capsys.readouterr().out
+        assert (warned in out) == bool(count) == ("warning" in out)
+        assert json.loads(file.read_text()).get("trained_on", 0) == count
+        assert ("trained_on" in json.loads(file.read_text())) == bool(count)
+
+
+def test_scenes_of_the_same_seed_were_trained_on(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("data: landcover:arid:3:1\n")
+    for data, count in (("landcover:arid:5:1", 3), ("landcover:arid:5", 0), ("landcover:temperate:5:1", 0)):
+        assert trained_on(str(tmp_path), open_labelled(data), data=data, split=None) == count
+
+
 def test_other_classes_are_refused_by_name(
     model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -176,6 +223,8 @@ def test_the_table_shows_percent_and_gaps() -> None:
         ["grass", "-"],
     ]
     assert lines[4] == "mIoU 55.0  aAcc 71.4  mAcc 70.8  (7 images)" and lines[5] == "skipped x.png: broken"
+    single = SegmentationScores.from_confusion(torch.tensor([[3, 1, 0], [0, 0, 0], [0, 0, 0]]), CLASSES)
+    assert "warning: the labels hold no class but 'soil'" in table(single, num_images=1)
     empty = SegmentationScores.from_confusion(torch.zeros(3, 3, dtype=torch.int64), CLASSES)
     assert math.isnan(empty.miou) and "mIoU -" in table(empty, num_images=0)
 

@@ -18,7 +18,8 @@ from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, P
 from glare import GlareForSemanticSegmentation, GlareModel, UniAdapterConfig, UserError, finetune
 from glare.cli import main as glare_main
 from glare.dense_inference import sweep_of
-from glare.finetune import FinetuneRecipe, learning_rates, open_data
+from glare.finetune import FinetuneRecipe, learning_rates
+from glare.finetune_data import open_data
 from glare.finetune_plan import Plan, make_plan
 from glare.inference import load_segmenter
 from glare.segmenters import decays, load_pretrained, parameter_groups, select_trained
@@ -232,12 +233,100 @@ def test_parts_of_the_data(recipe: FinetuneRecipe, tmp_path: Path) -> None:
     train, val = open_data(split)
     assert val is not None and list(val.names) == ["tile2_1.png", "tile2_4.png"]
     assert list(train.names) == [f"tile2_{i}.png" for i in (0, 2, 3, 5)]
-    _, val = open_data(replace(recipe, val_data="landcover:arid:2", data="landcover:arid:3"))
+    _, val = open_data(replace(recipe, val_data="landcover:arid:2:1", data="landcover:arid:3"))
     assert val is not None and len(val) == 2
     with pytest.raises(UserError, match="the classes differ: the training data has soil, water, grass, the validation"):
         open_data(replace(recipe, val_data="landcover:arid:2"))
     with pytest.raises(UserError, match="eval_every needs a validation part: give --val-split"):
         open_data(replace(recipe, eval_every=1))
+
+
+def shared_images(recipe: FinetuneRecipe, **changes: Any) -> str:
+    with pytest.raises(UserError, match="images to evaluate on are among those to train on") as caught:
+        open_data(replace(recipe, **changes))
+    return str(caught.value)
+
+
+def test_images_to_train_on_are_not_evaluated_on(recipe: FinetuneRecipe, tmp_path: Path) -> None:
+    flat = write_labelled(write_labelled(tmp_path / "flat", 3, prefix="a"), 2, prefix="b")
+    (tmp_path / "link").symlink_to(flat)
+    split = replace(recipe, data=str(flat), val_match="b_*")
+    assert shared_images(split).startswith("2 of the 2 images")
+    assert "give --match '!b_*'" in shared_images(split)
+    assert "give --match '!a_0,!b_*'" in shared_images(split, match="!a_0")
+    assert "3 of the 5 images" in shared_images(split, val_match=None, num_images=3, val_data=str(tmp_path / "link"))
+    assert "exclude each other" in shared_images(split, val_match="!a_*")
+    assert "8 of the 8 images" in shared_images(recipe, val_split="train")
+    assert "4 of the 4 images" in shared_images(recipe, data=f"{recipe.data}/val", val_data=recipe.data)
+    arid = replace(recipe, data="landcover:arid:3")
+    assert "3 of the 5 images" in shared_images(arid, val_data="landcover:arid:5")
+    assert "--val-data landcover:arid:5:1" in shared_images(arid, val_data="landcover:arid:5")
+    for apart in (
+        replace(split, match="!b_*"),
+        replace(recipe, val_data=f"{recipe.data}/val"),  # names are alike, images are not
+        replace(arid, val_data="landcover:temperate:2"),
+    ):
+        assert open_data(apart)[1] is not None
+
+
+def test_other_names_of_the_parts(recipe: FinetuneRecipe, tmp_path: Path) -> None:
+    for name, count in (("training", 3), ("valid", 2), ("test", 4)):
+        write_labelled(tmp_path / "parts" / name, count)
+    recipe = replace(recipe, data=str(tmp_path / "parts"))
+    assert [len(part or []) for part in open_data(recipe)] == [3, 2]
+    (tmp_path / "parts" / "valid").rename(tmp_path / "parts" / "validation")
+    assert [len(part or []) for part in open_data(recipe)] == [3, 2]
+    (tmp_path / "parts" / "validation").rename(tmp_path / "rest")
+    assert [len(part or []) for part in open_data(recipe)] == [3, 4]
+    (tmp_path / "parts" / "training").rename(tmp_path / "training")
+    assert open_data(recipe)[1] is None  # the only part there is
+
+
+def test_masks_of_0_and_255_have_one_class_alone(recipe: FinetuneRecipe) -> None:
+    for file in (Path(recipe.data) / "train" / "labels").iterdir():
+        Image.fromarray((np.asarray(Image.open(file)) > 0).astype(np.uint8) * 255).save(file)
+    with pytest.raises(
+        UserError, match=r"8 images to train on hold no class but 'soil', .* 255 means ignored: write 1"
+    ):
+        finetune.run(recipe)
+    assert not recipe.output.exists()
+
+
+def test_classes_without_a_pixel_are_named(recipe: FinetuneRecipe, capsys: pytest.CaptureFixture[str]) -> None:
+    for split in ("train", "val"):
+        file = Path(recipe.data) / split / "classes.json"
+        file.write_text(json.dumps({"classes": [*CLASSES, *(f"class {i}" for i in range(12))]}))
+    finetune.run(replace(recipe, steps=1))
+    names = ", ".join(f"class {i}" for i in range(10))
+    assert f"no pixel is labelled with 12 of 15 classes: {names}, ...\n" in capsys.readouterr().out
+
+
+def test_validation_labels_that_cannot_be_read(recipe: FinetuneRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = sorted((Path(recipe.data) / "val" / "labels").iterdir())
+    good = {file: file.read_bytes() for file in labels}
+    for file in labels[:3]:
+        Image.new("RGBA", (36, 28)).save(file)
+    assert open_data(recipe)[1] is not None
+    with pytest.raises(UserError, match=r"scene_0\.png: .* leave --strict out to skip it"):
+        open_data(replace(recipe, strict=True))
+    Image.new("RGBA", (36, 28)).save(labels[3])
+    with pytest.raises(UserError, match=r"none of the 4 images to evaluate on can be used; scene_0\.png, for example"):
+        finetune.run(recipe)
+    assert not recipe.output.exists()
+
+    for file, content in good.items():
+        file.write_bytes(content)
+    step = finetune.train_step
+
+    def lose_labels(*args: Any, **kwargs: Any) -> float:
+        for file in labels:
+            file.unlink(missing_ok=True)
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(finetune, "train_step", lose_labels)
+    with pytest.raises(UserError, match=r"none of the 4 images to evaluate on .*; the model is kept, score it with"):
+        finetune.run(replace(recipe, steps=1))
+    assert (recipe.output / "model" / "model.safetensors").exists() and not (recipe.output / "eval.json").exists()
 
 
 def test_a_run_without_validation_says_so(recipe: FinetuneRecipe, capsys: pytest.CaptureFixture[str]) -> None:

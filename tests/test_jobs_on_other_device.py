@@ -103,10 +103,11 @@ def test_pretrain_and_its_resume(models: Path, photos: Path, tmp_path: Path) -> 
 @pytest.mark.usefixtures("elsewhere")
 def test_finetune_evaluate_and_predict(models: Path, data: Path, photos: Path, tmp_path: Path) -> None:
     recipe = FinetuneRecipe(model=str(models / "adapted"), data=str(data), output=tmp_path / "run", **SHARED)
-    recipe = replace(recipe, val_data=str(data), steps=2, batch_size=2, crop_size=16, eval_every=1, report_to="none")
+    val = str(write_labelled(tmp_path / "val", 3))
+    recipe = replace(recipe, val_data=val, steps=2, batch_size=2, crop_size=16, eval_every=1, report_to="none")
     run = finetune.run(replace(recipe, checkpoint_every=1, num_workers=1))
     entry = json.loads((run / "eval.json").read_text())
-    scores = evaluate.run(EvaluateRecipe(model=str(run), data=str(data), **SHARED))
+    scores = evaluate.run(EvaluateRecipe(model=str(run), data=val, **SHARED))
     assert scores.miou == pytest.approx(entry["miou"], abs=1e-3)
     images = tuple(str(file) for file in sorted(photos.iterdir())[:2])
     inference.predict(PredictRecipe(model=str(run), images=images, output=tmp_path / "masks", window=24, **SHARED))

@@ -116,7 +116,7 @@ def _testing(folds: list[Fold], chosen: Sequence[int]) -> list[Fold]:
 
 def groups_of(pool: Pool, group_by: str, *, data: str) -> list[str]:
     """The group of each image: a column of ``metadata.csv``, or by its file name as in ``splits.group_of``."""
-    folders = {part: local_path(data) / part for part in dict.fromkeys(pool.parts)}
+    folders = {part: local_path(data) / (default_split(data, part) or "") for part in dict.fromkeys(pool.parts)}
     tables = {part: table for part, folder in folders.items() if (table := _read_column(folder, group_by)) is not None}
     if len(tables) < len(folders):
         return [group_of(name, group_by) for name in pool.data.names]
@@ -154,4 +154,4 @@ def _joined(sets: list[LabelledSet], splits: list[str]) -> LabelledSet:
         return sets[0]
     names = [f"{split}/{name}" for split, part in zip(splits, sets, strict=True) for name in part.names]
     place = [(number, index) for number, part in enumerate(sets) for index in range(len(part))]
-    return replace(sets[0], names=names, load=lambda index: sets[place[index][0]].read(place[index][1]))
+    return replace(sets[0], names=names, origin="", load=lambda index: sets[place[index][0]].read(place[index][1]))

@@ -17,18 +17,19 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from glare import recipes
-from glare.data.labelled import LabelledSet, open_labelled
-from glare.data.labelled import default_split as default_split
+from glare.data.labelled import LabelledSet, default_split, only_split, open_labelled
 from glare.data.raster_windows import RasterReading
 from glare.data.sources import BadImage
 from glare.dense_inference import Sweep, asked, logits, sweep_for
 from glare.errors import UserError
+from glare.finetune_data import unusable
 from glare.inference import class_names, load_segmenter
 from glare.metrics import SegmentationScores, confusion_matrix
 from glare.recipes import option, required
 from glare.run_folder import atomic_write_json, run_folder_of
 from glare.runtime import DEVICES, PRECISIONS, make_accelerator
 from glare.split_scores import ScoreSplitter, SplitScores, presence_scores
+from glare.trained_images import trained_on
 from glare.versions import versions
 from glare.views import Normalisation
 from glare.yaml_files import read_mapping
@@ -46,7 +47,7 @@ class EvaluateRecipe:
 
     model: str = required(help="run folder of glare finetune, its model folder, or a Hub id")
     data: str = required(help="labelled folder, landcover:<domain>[:count[:seed]], or of the catalog (loveda:FOLDER)")
-    split: str | None = option(None, "sub-folder of the data or split of the catalog; val where there is one")
+    split: str | None = option(None, "sub-folder of the data or split of the catalog; val, or test, where there is one")
     match: str | None = option(None, "globs on file stems, comma-separated, ! excludes")
     json: Path | None = option(None, "file to write the scores to")
     window: int | None = option(None, "side in px of sliding windows; by default only above 1536 px, of 1024 px")
@@ -73,9 +74,14 @@ def run(recipe: EvaluateRecipe) -> SegmentationScores:
     """Evaluate, print the scores and write them where the recipe says."""
     accelerator = make_accelerator(device=recipe.device, precision=recipe.precision, report_to="none", output=Path())
     model, normalise = load_segmenter(recipe.model, device=accelerator.device)
-    split = recipe.split or default_split(recipe.data, "val")
+    split = recipe.split or default_split(recipe.data, "val") or only_split(recipe.data)
     data = open_labelled(recipe.data, split=split, match=recipe.match, raster=recipe.raster)
     check_classes(class_names(model), data.classes, model=recipe.model, data=recipe.data)
+    if recipe.split is None and split is not None:
+        print(f"evaluated on the split {split!r}; --split takes another one")
+    shared = trained_on(recipe.model, data, data=recipe.data, split=split)
+    if shared:
+        print(f"warning: the model was trained on {shared:,} of these {len(data):,} images: new ones would score lower")
     sweep = sweep_for(model, recipe)
     with accelerator.autocast():
         splitter = ScoreSplitter(data.classes) if recipe.split_scores else None
@@ -84,7 +90,7 @@ def run(recipe: EvaluateRecipe) -> SegmentationScores:
         )
     num_images = len(data) - len(skipped)
     if not num_images:
-        raise UserError(f"none of the {len(data)} images can be used; {skipped[0][0]}, for example: {skipped[0][1]}")
+        raise unusable(len(data), *skipped[0])
     scores = SegmentationScores.from_confusion(matrix, data.classes)
     parts = splitter.result() if splitter else None
     print(table(scores, num_images=num_images, parts=parts, skipped=skipped))
@@ -92,7 +98,7 @@ def run(recipe: EvaluateRecipe) -> SegmentationScores:
         about = {"data": recipe.data, "split": split, "match": recipe.match, "model": recipe.model}
         seed = training_seed(recipe.model)
         entry = describe(scores, num_images=num_images, parts=parts, seed=seed, about=about, sweep=sweep)
-        atomic_write_json(recipe.json, entry)
+        atomic_write_json(recipe.json, entry | ({"trained_on": shared} if shared else {}))
     return scores
 
 
@@ -195,7 +201,7 @@ def table(
     parts: SplitScores | None = None,
     skipped: Sequence[tuple[str, str]] = (),
 ) -> str:
-    """The scores for people, in percent; ``-`` for a class that does not occur."""
+    """The scores for people, in percent; ``-`` for a class that does not occur, a warning where only one does."""
     width = max(len("class"), *(len(name) for name in scores.iou))
     lines = [f"{'class':<{width}}    IoU"]
     lines += [f"{name:<{width}}  {_percent(value):>5}" for name, value in scores.iou.items()]
@@ -204,6 +210,12 @@ def table(
     if parts:
         lines.append(f"mIoU if an oracle named the outlines: {_percent(parts.localization)}")
         lines.append(f"mAP of which classes are in an image: {_percent(parts.classification)}")
+    present = [name for name, accuracy in scores.accuracy.items() if accuracy is not None]
+    if len(present) == 1:
+        lines.append(
+            f"warning: the labels hold no class but {present[0]!r}, so these scores say little; what is ignored, "
+            "255 unless classes.json has another ignore_index, counts nowhere"
+        )
     lines += [f"skipped {name}: {reason}" for name, reason in skipped]
     return "\n".join(lines)
 

@@ -21,15 +21,15 @@ from transformers import PreTrainedModel
 
 from glare import ranges, recipes
 from glare.agreement import check_agreement
-from glare.data.few_shot import drawn
-from glare.data.labelled import LabelledSet, PackedLabelled, open_labelled, pack_labelled
+from glare.data.labelled import LabelledSet, PackedLabelled, pack_labelled
 from glare.data.raster_windows import RasterReading
 from glare.dense_inference import asked, check_scale, remember
 from glare.disk_space import room_for
 from glare.drop_path import drop_paths
 from glare.errors import UserError
-from glare.evaluate import confusion, default_split, describe, table
+from glare.evaluate import confusion, describe, table
 from glare.figures import write_report
+from glare.finetune_data import absent_classes, open_data, unusable, val_part
 from glare.finetune_log import describe_run, measurements, progress_text, summary
 from glare.finetune_plan import Plan, make_plan
 from glare.finetune_step import cut_batch, learning_rates, train_step
@@ -87,7 +87,7 @@ class FinetuneRecipe:
     fraction: float = option(1.0, "train on this share of the images only, as 0.1 or 1/32, drawn with the seed")
     num_images: int | None = option(None, "train on this many images only, drawn with the seed")
     val_data: str | None = option(None, "data to evaluate on, if it is not a part of --data")
-    val_split: str | None = option(None, "sub-folder to evaluate on; val where there is one")
+    val_split: str | None = option(None, "sub-folder to evaluate on; val, or test, where there is one")
     val_match: str | None = option(None, "globs on file stems to evaluate on")
     eval_every: int | None = option(None, "evaluate every so many steps too, not only at the end")
     steps: int | None = option(None, "optimizer steps; derived from the number of images where not given")
@@ -169,7 +169,7 @@ def run(signals: Signals, recipe: FinetuneRecipe, *, train: LabelledSet | None =
     show = accelerator.is_main_process
     packed = pack_labelled(train, strict=recipe.strict, workers=recipe.num_workers, progress=show)
     plan = resolve(recipe, packed, patch=pretrained.patch_size, accelerator=accelerator)
-    accelerator.print(describe_run(recipe, packed, plan))
+    accelerator.print(describe_run(recipe, packed, plan, absent=absent_classes(packed)))
     derived = [name for name in asdict(plan) if getattr(recipe, name) is None]
     recipe = replace(recipe, **asdict(plan), test_scale=recipe.test_scale or recipe.base_scale)
     check_agreement(accelerator, recipe, packed.names, val.names if val is not None else None)
@@ -259,34 +259,6 @@ def run_seeds(recipe: FinetuneRecipe) -> dict[str, Any]:
     return repeat(recipe, partial(run, more=True))
 
 
-def open_data(recipe: FinetuneRecipe) -> tuple[LabelledSet, LabelledSet | None]:
-    """What to train on and, where there is a part for it, what to evaluate on. Raises UserError if classes differ."""
-    split = recipe.train_split or default_split(recipe.data, "train")
-    train = open_labelled(recipe.data, split=split, match=recipe.match, raster=recipe.raster)
-    part = drawn(len(train), seed=recipe.seed, fraction=recipe.fraction, num_images=recipe.num_images)
-    data, val_split = val_part(recipe)
-    if recipe.val_data is None and recipe.val_match is None and val_split in (None, split):
-        if recipe.eval_every is not None:
-            raise UserError("eval_every needs a validation part: give --val-split, --val-match or --val-data")
-        return train.subset(part), None
-    val = open_labelled(data, split=val_split, match=recipe.val_match, raster=recipe.raster)
-    if val.classes != train.classes:
-        raise UserError(
-            f"the classes differ: the training data has {', '.join(train.classes)}, the validation data has "
-            f"{', '.join(val.classes)}; give data of the same classes, in the same order"
-        )
-    return train.subset(part), val
-
-
-def val_part(recipe: FinetuneRecipe) -> tuple[str, str | None]:
-    """Data and split to evaluate on."""
-    data = recipe.val_data or recipe.data
-    split = recipe.val_split or default_split(data, "val")
-    if split is None and recipe.val_data is None:
-        split = recipe.train_split or default_split(data, "train")
-    return data, split
-
-
 def resolve(recipe: FinetuneRecipe, packed: PackedLabelled, *, patch: int, accelerator: Accelerator) -> Plan:
     """The numbers of the run, derived from the data where the recipe leaves them open."""
     short_side = int(scaled_sizes(packed.images.size, recipe.base_scale).amin(dim=1).median())
@@ -333,9 +305,11 @@ def finish(job: Job, model: PreTrainedModel, folder: RunFolder) -> None:
         job.accelerator.print("no scores: there are no images to evaluate on (--val-split, --val-match or --val-data)")
         return
     scores, skipped = judge(job, model)
+    num_images = len(job.val) - len(skipped)
+    if not num_images:
+        raise UserError(f"{unusable(len(job.val), *skipped[0])}; the model is kept, score it with glare evaluate")
     job.accelerator.log(summary(scores), step=job.plan.steps)
     if folder.write:
-        num_images = len(job.val) - len(skipped)
         print(table(scores, num_images=num_images, skipped=skipped))
         data, split = val_part(job.recipe)
         about = {"data": data, "split": split, "match": job.recipe.val_match, "model": str(folder.path / "model")}

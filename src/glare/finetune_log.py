@@ -1,23 +1,26 @@
 """What a fine-tuning run says: before it begins, in every line of its log, and behind its progress bar."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from glare.data.cache import skipped_lines
 from glare.data.labelled import PackedLabelled
+from glare.finetune_data import absent_line
 from glare.finetune_plan import Plan
 from glare.metrics import SegmentationScores
 from glare.runtime import Clock
 
 
-def describe_run(recipe: object, packed: PackedLabelled, plan: Plan) -> str:
+def describe_run(recipe: object, packed: PackedLabelled, plan: Plan, *, absent: Sequence[str]) -> str:
     """What is about to happen, for the user: the data, what was skipped and what was chosen.
 
-    ``recipe`` has None in those fields of the plan that the user left open.
+    ``recipe`` has None in those fields of the plan that the user left open; ``absent`` are classes without a pixel.
     """
     count = len(packed.names)
     lines = [f"{count} labelled images of {len(packed.classes)} classes, {len(packed.skipped)} skipped"]
     lines += skipped_lines(packed.skipped)
+    if absent:
+        lines.append(absent_line(absent, len(packed.classes)))
     passes = plan.steps * plan.batch_size / count
     lines.append(f"{plan.steps} steps of {plan.batch_size} crops of {plan.crop_size} px = {passes:.1f} passes")
     chosen = [f"{name}={value}" for name, value in asdict(plan).items() if getattr(recipe, name) is None]

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ from glare.data.landcover import parse_landcover
 from glare.data.sources import BadImage, open_source
 from glare.data_check import check_data
 from glare.errors import UserError
+from glare.finetune import FinetuneRecipe
+from glare.finetune_data import open_data
 from glare.lineage import origin_of, public_name
 from glare.metrics import confusion_matrix
 
@@ -734,6 +736,39 @@ def test_the_study_s_split_of_an_archive(tmp_path: Path, monkeypatch: pytest.Mon
     parts = {part: set(open_labelled(data, split=f"study:{part}").names) for part in ("test", "1", "3")}
     assert parts["1"] < parts["3"] and not parts["3"] & parts["test"]
     assert parts["3"] | parts["test"] == {f"images/{name}.jpg" for name in every}
+
+
+def test_the_study_is_measured_on_its_own_test_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive = ARCHIVES["oxford_pets"]
+    archive.write(tmp_path)
+    every = [Path(name).stem for split in archive.folders for name in archive.paths(split)]
+    (tmp_path / "annotations" / "list.txt").write_text("".join(f"{n} 1 1 1\n" for n in every))
+    monkeypatch.setattr(pets_study, "TEST_IMAGES", 1)
+    monkeypatch.setattr(pets_study, "BUDGETS", (1, 3))
+    recipe = FinetuneRecipe(model="m", data=f"oxford_pets:{tmp_path}", output=tmp_path / "run")
+    train, val = open_data(replace(recipe, train_split="study:3"))
+    assert val is not None and len(train) == 3 and not set(train.names) & set(val.names)
+    assert val.names == open_labelled(recipe.data, split="study:test").names
+    with pytest.raises(UserError, match=r"of the 2 images to evaluate on are among .*; give --val-split study:test, "):
+        open_data(replace(recipe, train_split="study:3", val_split="test"))
+    held = "train" if val.names[0] in open_labelled(recipe.data, split="train").names else "test"
+    with pytest.raises(UserError, match=r"1 of the 1 images .* give a --train-split of the study, too"):
+        open_data(replace(recipe, train_split=held, val_split="study:test"))
+    train, val = open_data(recipe)
+    assert (train.names, val and val.names) == (archive.paths("train"), archive.paths("test"))
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_rows_of_different_splits_are_different_images(tmp_path: Path) -> None:
+    archive, folder = ARCHIVES["loveda"], tmp_path / "tables"
+    folder.mkdir()
+    for split, file in (("train", "train.parquet"), ("val", "validation.parquet")):
+        table(archive, split).to_parquet(folder / file)
+    recipe = FinetuneRecipe(model="m", data=f"loveda:{folder}", output=tmp_path / "run")
+    train, val = open_data(recipe)
+    assert val is not None and train.names == val.names
+    with pytest.raises(UserError, match="2 of the 2 images to evaluate on are among those to train on"):
+        open_data(replace(recipe, val_split="train"))
 
 
 # licences and cards

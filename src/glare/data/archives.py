@@ -13,7 +13,7 @@ import datasets
 
 from glare.data.catalog import ALL, Entry, HubCopy, Named
 from glare.data.layouts import LabelValues, Layout
-from glare.data.pets_study import BUDGETS, PREFIX, study_split
+from glare.data.pets_study import BUDGETS, PREFIX, is_study, study_split
 from glare.data.tables import load_hub_split, picture_columns, picture_file, undecoded
 from glare.errors import UserError, first_line
 from glare.model_names import is_repo_id
@@ -39,13 +39,14 @@ class LabelOf:
 class Part:
     """Named images of a split: ``image(index)`` gives the file and ``label(index)`` that of its label.
 
-    Both raise ValueError where the row of a table has none.
+    Both raise ValueError where the row of a table has none. ``origin``: as that of a `LabelledSet`.
     """
 
     entry: Entry
     names: list[str]
     image: Callable[[int], Path | BytesIO]
     label: Callable[[int], LabelOf]
+    origin: str
 
 
 def open_part(wanted: Named, split: str | None, *, labelled: bool) -> Part:
@@ -78,7 +79,7 @@ def _say_once(line: str) -> None:
 
 
 def _checked(entry: Entry, split: str | None) -> str:
-    if split is not None and (split in entry.counts or (entry.study and split.split(":")[0] == PREFIX)):
+    if split is not None and (split in entry.counts or (entry.study and is_study(split))):
         return split
     study = f", {PREFIX}:test and {PREFIX}:N (N of {', '.join(map(str, BUDGETS))})" if entry.study else ""
     given = "several splits" if split is None else f"no split {split!r}"
@@ -97,7 +98,7 @@ def _open(wanted: Named, split: str, *, labelled: bool) -> Part:
     folder = local_path(place)
     if kind_of(folder) == "folder":
         for layout in entry.layouts:
-            root = layout.root(folder, ALL if _is_study(split) else split)
+            root = layout.root(folder, ALL if is_study(split) else split)
             if root is not None:
                 return _archive(entry, layout, root, split, labelled=labelled)
         if next(folder.rglob("*.parquet"), None) is not None:
@@ -113,7 +114,7 @@ def _open(wanted: Named, split: str, *, labelled: bool) -> Part:
 
 def _misplaced(entry: Entry, place: str, split: str) -> UserError:
     """What to say of a folder that does not hold this split: where it is, if near, or what to unpack."""
-    near = (layout.around(local_path(place), ALL if _is_study(split) else split) for layout in entry.layouts)
+    near = (layout.around(local_path(place), ALL if is_study(split) else split) for layout in entry.layouts)
     root = next(filter(None, near), None)
     if root is not None:
         return UserError(
@@ -127,17 +128,13 @@ def _misplaced(entry: Entry, place: str, split: str) -> UserError:
 
 
 def _expected(entry: Entry, split: str) -> str:
-    layouts = (layout.folders.get(ALL if _is_study(split) else split, ()) for layout in entry.layouts)
+    layouts = (layout.folders.get(ALL if is_study(split) else split, ()) for layout in entry.layouts)
     return ", or ".join(" and ".join(folders) for folders in layouts if folders)
-
-
-def _is_study(split: str) -> bool:
-    return split.startswith(f"{PREFIX}:") or split == PREFIX
 
 
 def _archive(entry: Entry, layout: Layout, root: Path, split: str, *, labelled: bool) -> Part:
     """From the unpacked archive."""
-    images = study_split(layout.images(root, ALL), split) if _is_study(split) else layout.images(root, split)
+    images = study_split(layout.images(root, ALL), split) if is_study(split) else layout.images(root, split)
     if not images:
         raise UserError(f"{str(root)!r} has no images in {_expected(entry, split)}; unpack {entry.archive} there")
     if labelled and not layout.has_labels(root, images[0]):
@@ -151,7 +148,8 @@ def _archive(entry: Entry, layout: Layout, root: Path, split: str, *, labelled: 
         file, values = layout.label(root, images[index])
         return LabelOf(file, printable(str(file)), values)
 
-    return Part(entry, [printable(name) for name in images], lambda index: root / images[index], label)
+    names = [printable(name) for name in images]
+    return Part(entry, names, lambda index: root / images[index], label, str(root.resolve()))
 
 
 def _hub(wanted: Named, copy: HubCopy, split: str, *, labelled: bool) -> Part:
@@ -163,7 +161,7 @@ def _hub(wanted: Named, copy: HubCopy, split: str, *, labelled: bool) -> Part:
             f"the copy of {wanted.entry.title} on the Hub, {copy.id}, cannot be loaded ({first_line(error)}); check "
             f"the connection, or get {wanted.entry.archive} and give --data {wanted.entry.name}:FOLDER"
         ) from error
-    return _rows(wanted, rows, copy.image, copy.label if labelled else None, folder=None)
+    return _rows(wanted, rows, copy.image, copy.label if labelled else None, folder=None, split=split)
 
 
 def _any_hub(wanted: Named, hub_id: str, split: str, *, labelled: bool) -> Part:
@@ -203,11 +201,11 @@ def _chosen(wanted: Named, splits: Any, split: str, *, labelled: bool, folder: P
             f"{wanted} has no column of {'labels' if image else 'images'} among {', '.join(rows.features)}; give "
             f"tables with the pictures 'image' and 'label' (or {', '.join(LABEL_COLUMNS[1:])})"
         )
-    return _rows(wanted, rows, image, label if labelled else None, folder=folder)
+    return _rows(wanted, rows, image, label if labelled else None, folder=folder, split=name)
 
 
-def _rows(wanted: Named, rows: Any, image: str, label: str | None, *, folder: Path | None) -> Part:
-    """A part of the rows of a table; without a column of labels it has none."""
+def _rows(wanted: Named, rows: Any, image: str, label: str | None, *, folder: Path | None, split: str) -> Part:
+    """A part of the rows of a table; without a column of labels it has none. Each split counts its rows from 0."""
     rows = undecoded(rows, [image] if label is None else [image, label])
     names = [f"{index:06d}" for index in range(len(rows))]
 
@@ -217,4 +215,5 @@ def _rows(wanted: Named, rows: Any, image: str, label: str | None, *, folder: Pa
             raise ValueError("the row has no label")
         return LabelOf(picture_file(cell, folder), f"of row {index}", wanted.entry.values)
 
-    return Part(wanted.entry, names, lambda index: picture_file(rows[index][image], folder), label_of)
+    origin = f"{wanted if folder is None else folder.resolve()}#{split}"
+    return Part(wanted.entry, names, lambda index: picture_file(rows[index][image], folder), label_of, origin)

@@ -13,6 +13,7 @@ from glare import licences
 from glare.data import catalog_classes
 from glare.data.catalog_classes import Classes
 from glare.data.layouts import LabelFile, LabelValues, Layout, counted
+from glare.data.pets_study import STUDY_TEST, is_study
 from glare.errors import UserError, shortened
 from glare.licences import Licence
 from glare.paths import kind_of, local_path
@@ -58,8 +59,14 @@ class Entry:
     unlabelled: frozenset[str] = frozenset()
     study: bool = False
 
-    def split(self, purpose: str) -> str:
-        """The usual split to ``train`` on or, for any other purpose, to measure on: val, or test without one."""
+    def split(self, purpose: str, *, train: str | None = None) -> str:
+        """The usual split to ``train`` on or, for any other purpose, to measure on: val, or test without one.
+
+        What is trained on a split ``train`` of the study is measured on the study's test images: its budgets are drawn
+        from all images, those of test as well.
+        """
+        if purpose != "train" and self.study and train is not None and is_study(train):
+            return STUDY_TEST
         return "train" if purpose == "train" else "val" if "val" in self.counts else "test"
 
 

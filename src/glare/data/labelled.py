@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from glare.crops import PackedImages
-from glare.data.archives import Part, open_part
+from glare.data.archives import OTHER_NAMES, Part, open_part
 from glare.data.cache import PixelStore, Reading, check_short_side, packed_images, shrink
 from glare.data.catalog import check_unnamed, named, suggestion
 from glare.data.geotiff import SUFFIXES, Reader
@@ -40,7 +40,8 @@ Labelled = tuple[Image.Image, NDArray[np.uint8]]
 class LabelledSet:
     """Named images with class indices; whatever index a data set ignores, it is 255 here.
 
-    ``palette`` (k, 3) uint8 has a colour for each of the k ``classes``.
+    ``palette`` (k, 3) uint8 has a colour for each of the k ``classes``. ``origin`` is where the names count from: in
+    two sets, the same name below the same origin is the same image; empty where that is not known.
     """
 
     classes: list[str]
@@ -48,6 +49,7 @@ class LabelledSet:
     names: Sequence[str]
     load: Callable[[int], Labelled]
     ignore_index: int = IGNORE_INDEX
+    origin: str = ""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -64,6 +66,13 @@ class LabelledSet:
         """Only the images ``indices``, in that order."""
         kept = list(indices)
         return replace(self, names=[self.names[i] for i in kept], load=lambda index: self.load(kept[index]))
+
+    def shared(self, other: "LabelledSet") -> int:
+        """How many of these images are among those of ``other``, too."""
+        if not (self.origin and other.origin):
+            return 0
+        theirs = {f"{other.origin}/{name}" for name in other.names}
+        return sum(f"{self.origin}/{name}" in theirs for name in self.names)
 
 
 @dataclass(frozen=True)
@@ -109,12 +118,29 @@ def open_labelled(
     return found.subset(matching(found.names, match, data=data))
 
 
-def default_split(data: str, purpose: str) -> str | None:
-    """The usual split to ``train`` on or to measure on (``val``): None in a labelled folder without one so named."""
+def default_split(data: str, purpose: str, *, train: str | None = None) -> str | None:
+    """The usual split to ``train`` on or to measure on (``val``), by its name in ``data``.
+
+    To measure on, that is ``val``, ``validation``, ``valid`` or ``dev``, then ``test``, unless the folder has images of
+    its own; ``train`` is the split that is trained on, where that matters. None in a labelled folder without such.
+    """
     wanted = named(data)
     if wanted is not None:
-        return wanted.entry.split(purpose)
-    return purpose if (local_path(data) / purpose / "images").is_dir() else None
+        return wanted.entry.split(purpose, train=train)
+    folder = local_path(data)
+    usual = OTHER_NAMES["train" if purpose == "train" else "val"]
+    if purpose != "train" and not (folder / "images").is_dir():
+        usual += OTHER_NAMES["test"]
+    return next((name for name in usual if (folder / name / "images").is_dir()), None)
+
+
+def only_split(data: str) -> str | None:
+    """The split of a labelled folder that holds all its images; None where there are others or none, or no folder."""
+    folder = local_path(data)
+    if named(data) is not None or kind_of(folder) != "folder" or (folder / "images").is_dir():
+        return None
+    splits = [path.parent.name for path in folder.glob("*/images/")]
+    return splits[0] if len(splits) == 1 else None
 
 
 def pack_labelled(
@@ -182,6 +208,7 @@ def _generated(data: str, split: str | None) -> LabelledSet:
         palette=np.array(scenes.palette, np.uint8),
         names=[scenes.name(i) for i in range(len(scenes))],
         load=scenes.read_labelled,
+        origin=f"landcover:{scenes.domain}:{scenes.seed}",
     )
 
 
@@ -205,7 +232,7 @@ def _archived(part: Part) -> LabelledSet:
             raise BadImage(images.name(index), f"{reason}: give the labels as its archive has them") from unknown
 
     palette = np.array(entry.classes.palette, np.uint8)
-    return LabelledSet(list(entry.classes.names), palette, images.names, load)
+    return LabelledSet(list(entry.classes.names), palette, images.names, load, origin=part.origin)
 
 
 def _split_folder(data: Path, split: str | None) -> Path:
@@ -248,7 +275,7 @@ def _folder(folder: Path, raster: RasterReading) -> LabelledSet:
         except ValueError as error:
             raise BadImage(images.name(index), str(error)) from error
 
-    return LabelledSet(classes, palette, images.names, load)
+    return LabelledSet(classes, palette, images.names, load, origin=str((folder / "images").resolve()))
 
 
 def _read_label(

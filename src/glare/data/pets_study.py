@@ -13,8 +13,14 @@ from glare.errors import UserError
 from glare.runtime import seeded
 
 PREFIX = "study"
+STUDY_TEST = f"{PREFIX}:test"
 TEST_IMAGES = 1000
 BUDGETS = (250, 500, 1000, 2000, 4000, 6000)
+
+
+def is_study(split: str) -> bool:
+    """Whether a split is one of the study, by its name."""
+    return split.split(":")[0] == PREFIX
 
 
 def study_split(names: Sequence[str], split: str) -> list[str]:

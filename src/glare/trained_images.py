@@ -1,0 +1,64 @@
+"""Which of the images that a model is evaluated on it was trained on, as far as its run folder tells."""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from glare import recipes
+from glare.data.catalog import named
+from glare.data.labelled import LabelledSet
+from glare.data.raster_windows import RasterReading
+from glare.errors import UserError
+from glare.finetune_data import open_train, train_split
+from glare.paths import kind_of, local_path
+from glare.recipes import option, required
+from glare.run_folder import run_folder_of
+from glare.yaml_files import read_mapping
+
+
+@dataclass(frozen=True)
+class TrainedPart:
+    """What a fine-tuning recipe says of the images to train on."""
+
+    data: str = required("as that of the recipe; so are the others")
+    train_split: str | None = option(None, "")
+    match: str | None = option(None, "")
+    fraction: float = option(1.0, "")
+    num_images: int | None = option(None, "")
+    seed: int = option(0, "")
+    raster: RasterReading = option(RasterReading(), "")
+
+
+def trained_on(model: str, evaluated: LabelledSet, *, data: str, split: str | None) -> int:
+    """How many images of ``evaluated``, which is ``data`` and ``split``, the recipe beside ``model`` trains on.
+
+    0 where there is no such recipe, or its data is elsewhere or gone.
+    """
+    run = run_folder_of(model)
+    if run is None:
+        return 0
+    try:
+        part = read_part(run / "recipe.yaml")
+        return evaluated.shared(open_train(part)) if _may_share(part, data, split) else 0
+    except UserError:
+        return 0
+
+
+def read_part(file: Path) -> TrainedPart:
+    """The images that a ``recipe.yaml`` trains on. Raises UserError for a file that is no such recipe."""
+    names = {field.name for field in fields(TrainedPart)}
+    return recipes.from_dict(TrainedPart, {key: value for key, value in read_mapping(file).items() if key in names})
+
+
+def _may_share(part: TrainedPart, data: str, split: str | None) -> bool:
+    """Whether it is worth while to list what was trained on: one place is in the other, and nothing is downloaded."""
+    if part.data.startswith("landcover:"):
+        return data.startswith("landcover:")
+    trained, evaluated = _place(part.data), _place(data)
+    if kind_of(trained) != "folder":
+        return part.data == data and train_split(part) == split
+    return trained.is_relative_to(evaluated) or evaluated.is_relative_to(trained)
+
+
+def _place(data: str) -> Path:
+    wanted = named(data)
+    return local_path(data if wanted is None else wanted.place or "").resolve()
