@@ -23,6 +23,7 @@ from glare.dense_inference import (
     sweep_for,
     sweep_of,
 )
+from glare.errors import UserError
 from glare.views import Normalisation
 
 NORMALISE = Normalisation()
@@ -244,7 +245,10 @@ def test_a_model_remembers_its_windows_and_test_scale(model: PreTrainedModel, tm
     wanted = logits(model, pixels, normalise=NORMALISE, sweep=Sweep(16, None, (48, 24)))
     assert torch.equal(logits(again, pixels, normalise=NORMALISE), wanted)
     asked = SimpleNamespace(window=None, stride=8, test_scale=None, ratios=(2.0,), flip=True)
-    assert sweep_for(again, asked) == Sweep(None, 8, (48, 24), (2.0,), True)
+    assert sweep_for(again, asked) == Sweep(16, 8, (48, 24), (2.0,), True)
+    asked.stride = 17
+    with pytest.raises(UserError, match=r"stride.*17.* \(the window is the model's own\)"):
+        sweep_for(again, asked)
     asked.stride = None
     assert sweep_for(again, asked) == Sweep(16, None, (48, 24), (2.0,), True)
 

@@ -12,7 +12,7 @@ from PIL import Image
 from small_runs import arguments, assert_same_run, write_inputs
 
 from glare import cli, feed
-from glare.data.sources import open_source
+from glare.data.sources import Images, open_source
 from glare.feed import decoded_bytes, has_room
 from glare.pretrain import PretrainRecipe
 from glare.yaml_files import read_mapping
@@ -103,7 +103,12 @@ def test_mistakes_with_streamed_tables(
 def test_a_name_of_the_catalog_is_no_table_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     """Though ade20k has the form of a Hub id."""
     asked: list[tuple[str, str | None]] = []
-    monkeypatch.setattr(feed, "open_source", lambda data, *, split, **_: asked.append((data, split)))
+
+    def opened(data: str, *, split: str | None, **_: Any) -> Images:
+        asked.append((data, split))
+        return Images(["0"], lambda _: Image.new("RGB", (8, 8)))
+
+    monkeypatch.setattr(feed, "open_source", opened)
     feed.open_images(PretrainRecipe(backbone="v", data="ade20k", output=Path("o"), streaming=True, split="val"))
     assert asked == [("ade20k", "val")]
 

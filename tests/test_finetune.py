@@ -344,6 +344,8 @@ def test_unset_numbers_are_derived(recipe: FinetuneRecipe, capsys: pytest.Captur
     assert plan(45, on_cpu=True) == Plan(450, 4, 252, 45, 1e-3, 3e-5)
     assert plan(20_000, batch_size=32) == Plan(25_000, 32, 504, 1500, 6e-5, 6e-5)
     assert plan(10**6).steps == 40_000 and plan(3).steps == 200
+    assert plan(45, head="linear", train_on="head").learning_rate == 2e-2
+    assert plan(45, head="fpn", train_on="head").learning_rate == 1e-3
     assert plan(45, short_side=9).crop_size == 14
     assert plan(45, learning_rate=0.5, steps=7, warmup_steps=0) == Plan(7, 8, 504, 0, 0.5, 3e-5)
     finetune.run(replace(recipe, steps=1, crop_size=None))

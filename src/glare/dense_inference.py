@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from glare.configuration_glare import GlareConfig
+from glare.errors import UserError
 from glare.geometry import factor_to_fit
 from glare.typed_values import MismatchError, read
 from glare.views import Normalisation
@@ -135,11 +136,19 @@ def remember(model: PreTrainedModel, sweep: Sweep) -> None:
 
 
 def sweep_for(model: PreTrainedModel, given: Any) -> Sweep:
-    """As ``asked``, with the model's own windows and test scale where ``given`` says nothing of them."""
+    """As ``asked``, with the model's own windows and test scale where ``given`` says nothing of them.
+
+    A stride that is given goes with the model's window, a window with its own usual stride. Raises UserError for a
+    stride above the model's window.
+    """
     own, sweep = sweep_of(model), asked(given)
-    if sweep.window is None and sweep.stride is None:
-        sweep = replace(sweep, window=own.window, stride=own.stride)
-    return replace(sweep, test_scale=sweep.test_scale or own.test_scale)
+    test_scale = sweep.test_scale or own.test_scale
+    if sweep.window is not None or own.window is None:
+        return replace(sweep, test_scale=test_scale)
+    try:
+        return replace(sweep, window=own.window, stride=sweep.stride or own.stride, test_scale=test_scale)
+    except ValueError as error:
+        raise UserError(f"{error} (the window is the model's own)") from None
 
 
 @torch.inference_mode()

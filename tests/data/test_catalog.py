@@ -20,10 +20,10 @@ from tiny_models import tiny_vit
 from glare import cli, licences
 from glare.comparison_data import open_pool
 from glare.data import pets_study
-from glare.data.archives import _say_once
 from glare.data.catalog import CATALOG, STORED, named
 from glare.data.labelled import default_split, open_labelled
 from glare.data.landcover import parse_landcover
+from glare.data.notices import say_once
 from glare.data.sources import BadImage, open_source
 from glare.data_check import check_data
 from glare.errors import UserError
@@ -387,7 +387,7 @@ def test_only_the_main_process_of_a_run_says_the_number(
     ARCHIVES["loveda"].write(tmp_path)
     for rank, lines in (("1", 0), ("0", 1)):
         monkeypatch.setenv("RANK", rank)
-        _say_once.cache_clear()
+        say_once.cache_clear()
         open_source(f"loveda:{tmp_path}")
         assert len(caplog.messages) == lines
 
@@ -825,7 +825,7 @@ def test_fine_tuning_and_evaluation_by_name(tmp_path: Path) -> None:
 
 @pytest.fixture(autouse=True)
 def each_test_says_it_anew() -> None:
-    _say_once.cache_clear()
+    say_once.cache_clear()
 
 
 def table_row(name: str) -> str:

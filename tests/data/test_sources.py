@@ -100,6 +100,30 @@ def test_labels_beside_images_are_not_taken(tmp_path: Path) -> None:
     assert open_source(str(tmp_path / "train" / "labels")).names == ["1.png"]
 
 
+@pytest.mark.parametrize(
+    ("images", "labels"),
+    [
+        ("images", "masks"),
+        ("img_dir", "ann_dir"),
+        ("JPEGImages", "SegmentationClass"),
+        ("image", "label"),
+        ("imgs", "annotations"),
+    ],
+)
+def test_folders_called_like_labels_are_left_out_beside_images(
+    images: str, labels: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path, f"{images}/train/1.png", f"{labels}/train/1.png", "more/2.png")
+    assert open_source(str(tmp_path)).names == [f"{images}/train/1.png", "more/2.png"]
+    assert caplog.messages == [f"{labels} of {str(tmp_path)!r} left out as labels by the name"]
+    assert open_source(str(tmp_path / labels)).names == ["train/1.png"]
+
+
+def test_a_folder_called_like_labels_alone_holds_images(tmp_path: Path) -> None:
+    write(tmp_path, "masks/1.png", "faces/2.png")
+    assert open_source(str(tmp_path)).names == ["faces/2.png", "masks/1.png"]
+
+
 def test_links_are_followed_once_and_loops_end(tmp_path: Path) -> None:
     write(tmp_path, "here/1.png", "elsewhere/2.png")
     (tmp_path / "here" / "loop").symlink_to(tmp_path / "here")
@@ -241,6 +265,20 @@ def test_tar_shards(tmp_path: Path) -> None:
     assert_pictures(source.subset([0, 2]), 5, 7)
     with pytest.raises(BadImage, match="truncated"):
         source.read(1)
+
+
+@pytest.mark.usefixtures("own_cache")
+@pytest.mark.parametrize("label", ["label.png", "mask.png", "seg_label.png"])
+def test_a_column_called_like_labels_is_not_the_images(
+    label: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name, body in ((f"0.{label}", encode(noise(1))), ("0.jpg.png", encode(noise(2)))):
+            member = tarfile.TarInfo(name)
+            member.size = len(body)
+            tar.addfile(member, io.BytesIO(body))
+    assert_pictures(open_source(str(tmp_path / "0.tar")), 2)
+    assert f"its column 'jpg.png', not {label}" in caplog.text
 
 
 def test_hub_takes_train_or_else_the_largest_split(monkeypatch: pytest.MonkeyPatch) -> None:

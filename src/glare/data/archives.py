@@ -1,10 +1,7 @@
 """The images and labels of one split of a data set of the catalog, from its archive, from tables or from the Hub."""
 
-import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -13,13 +10,12 @@ import datasets
 
 from glare.data.catalog import ALL, Entry, HubCopy, Named
 from glare.data.layouts import LabelValues, Layout
+from glare.data.notices import say_once
 from glare.data.pets_study import BUDGETS, PREFIX, is_study, study_split
 from glare.data.tables import load_hub_split, picture_columns, picture_file, undecoded
 from glare.errors import UserError, first_line
 from glare.model_names import is_repo_id
 from glare.paths import kind_of, local_path, printable
-
-logger = logging.getLogger(__name__)
 
 LABEL_COLUMNS = ("label", "annotation", "mask", "segmentation", "labels", "masks", "trimap")
 OTHER_NAMES = {"train": ("train", "training"), "val": ("val", "validation", "valid", "dev"), "test": ("test",)}
@@ -68,14 +64,8 @@ def open_part(wanted: Named, split: str | None, *, labelled: bool) -> Part:
     part = _open(wanted, split, labelled=labelled)
     expected = entry.counts.get(split)
     if expected is not None and len(part.names) != expected:
-        _say_once(f"{wanted}: {split} has {len(part.names):,} images here, {expected:,} in the whole of {entry.title}")
+        say_once(f"{wanted}: {split} has {len(part.names):,} images here, {expected:,} in the whole of {entry.title}")
     return part
-
-
-@cache
-def _say_once(line: str) -> None:
-    if os.environ.get("RANK", "0") == "0":  # all processes of a run list the same images
-        logger.warning(line)
 
 
 def _checked(entry: Entry, split: str | None) -> str:

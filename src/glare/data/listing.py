@@ -4,9 +4,34 @@ import os
 import re
 from pathlib import Path
 
+from glare.data.notices import say_once
 from glare.errors import UserError
 
 EXTENSIONS = ("jpg", "jpeg", "png", "bmp", "gif", "webp", "tif", "tiff", "ppm", "pgm", "jp2")
+IMAGES = frozenset(["images", "image", "imgs", "img", "img_dir", "images_png", "jpegimages", "leftimg8bit", "rgb"])
+LABELS = frozenset(
+    [
+        "labels",
+        "label",
+        "masks",
+        "mask",
+        "annotations",
+        "annotation",
+        "ann_dir",
+        "masks_png",
+        "annots",
+        "gt",
+        "gtfine",
+        "groundtruth",
+        "ground_truth",
+        "trimaps",
+        "segmentation",
+        "segmentationclass",
+        "segmentationclasscontext",
+        "segmentationobject",
+    ]
+)
+"""Names of folders, in small letters, that hold labels where one of ``IMAGES`` lies beside them."""
 NUMBER = re.compile(r"\d+")
 
 
@@ -19,7 +44,8 @@ def image_names(folder: Path) -> list[str]:
     """Paths relative to ``folder``, with slashes, of the image files below it, in natural order.
 
     Each linked folder counts once, and a link to a folder that holds ``folder`` is not followed. Hidden files and
-    folders are left out, and in a folder with ``images`` and ``labels`` all but ``images``. What is named like an
+    folders are left out, and in a folder with ``images`` and ``labels`` all but ``images``. Other folders that are
+    called like ones of labels and lie beside one of images are left out, too, which is said. What is named like an
     image is listed as it is; whether it can be read shows when it is. Raises UserError for a folder that cannot be
     listed.
     """
@@ -40,9 +66,18 @@ def image_names(folder: Path) -> list[str]:
         seen.add(here)
         if {"images", "labels"} <= set(folders):
             folders, files = ["images"], []
+        elif labels := _of_labels(folders):
+            say_once(f"{', '.join(prefix + name for name in labels)} of {str(folder)!r} left out as labels by the name")
+            folders = [name for name in folders if name not in labels]
         found += [prefix + name for name in files]
         pending += [f"{prefix}{name}/" for name in sorted(folders, reverse=True)]
     return sorted(found, key=natural)
+
+
+def _of_labels(folders: list[str]) -> list[str]:
+    """Those of the neighbouring ``folders`` that hold labels by their names."""
+    known = {name.lower() for name in folders}
+    return sorted(name for name in folders if name.lower() in LABELS) if known & IMAGES else []
 
 
 def natural(name: str) -> tuple[str, str]:

@@ -1,5 +1,6 @@
 """Tables of pictures: parquet files, tar shards and data sets of the Hub, through `datasets`."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BytesIO
@@ -10,7 +11,8 @@ import datasets
 from huggingface_hub import HfFileSystem, snapshot_download
 from PIL import Image
 
-from glare.data.listing import extension_of, image_names
+from glare.data.listing import LABELS, extension_of, image_names
+from glare.data.notices import say_once
 from glare.data.opening import check_archive, open_picture
 from glare.errors import UserError, first_line
 from glare.model_names import is_repo_id
@@ -175,10 +177,15 @@ def _inside(folder: Path, name: str) -> Path:
 
 
 def _image_column(features: Any, *, data: str) -> str:
-    """The column of images: the one called image, or the first one of that type."""
+    """The column of images: the one called image, or the first of that type that is not called like labels."""
     columns = picture_columns(features)
     if not columns:
         raise UserError(
             f"data {data!r} has no column of images, only {', '.join(features)}; give a data set with an Image column"
         )
-    return "image" if "image" in columns else columns[0]
+    pictures = [name for name in columns if not LABELS & set(re.split("[^a-z]+", name.lower()))] or columns
+    chosen = "image" if "image" in pictures else pictures[0]
+    if len(columns) > 1:
+        others = ", ".join(name for name in columns if name != chosen)
+        say_once(f"the images of {data!r} are its column {chosen!r}, not {others}")
+    return chosen
