@@ -289,7 +289,11 @@ def test_bad_folders_and_names_are_one_sentence(run: Path, tmp_path: Path, capsy
     assert "1 arguments were given; give two" in refused([str(run)], capsys)
     assert "'a/b/c' is no id of a repository" in refused([str(run), "a/b/c"], capsys)
     assert "is no folder" in refused([str(tmp_path / "no"), "a/b", "--dry-run"], capsys)
-    assert "neither config.json nor adapter_config.json" in refused([str(tmp_path), "a/b", "--dry-run"], capsys)
+    (tmp_path / "empty").mkdir()
+    assert "neither config.json nor adapter_config.json" in refused(
+        [str(tmp_path / "empty"), "a/b", "--dry-run"], capsys
+    )
+    assert "is the folder of several runs (adapted)" in refused([str(tmp_path), "a/b", "--dry-run"], capsys)
     assert "'vit', not one of glare" in refused([str(tmp_path / "base"), "a/b", "--dry-run"], capsys)
     assert "HF_HUB_OFFLINE is set" in refused([str(run), "a/b"], capsys)
     (run / "model" / "config.json").rename(run / "config.txt")
