@@ -103,8 +103,8 @@ def test_pixels_without_data_get_the_colour_behind_transparency(kind: str, tmp_p
         rasterio = geotiff.rasterio()
         with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(file, "r+") as raster:
             raster.write_mask(~missing)
-    source = open_source(str(tmp_path), raster=RasterReading(bands=(1, 2, 3)))
-    picture = np.asarray(source.read(0))
+    reading = RasterReading(tile=64) if kind == "alpha" else RasterReading(bands=(1, 2, 3))
+    picture = np.asarray(open_source(str(tmp_path), raster=reading).read(0))
     assert (picture[missing] == BEHIND_TRANSPARENT).all()
     assert not (picture[~missing] == BEHIND_TRANSPARENT).all(axis=-1).any()
     if kind == "nodata":  # it counts for neither black nor white
@@ -140,17 +140,61 @@ def test_windows_of_mostly_nodata_are_left_out(tmp_path: Path, caplog: pytest.Lo
         source.read(len(source) - 1)
 
 
-def test_what_pillow_reads_stays_as_it_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    grey = np.arange(30 * 40, dtype=np.uint16).reshape(30, 40)
-    Image.fromarray(grey).save(tmp_path / "grey.tif")
+def test_what_pillow_reads_well_stays_as_it_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for mode in ("RGB", "RGBA", "L", "P", "CMYK"):
         Image.new(mode, (40, 30), 3).save(tmp_path / f"{mode}.TIFF")
     write_raster(tmp_path / "nir.tif", noise(4, 30, 40, dtype="uint8", high=256), photometric="RGB", alpha="NO")
     source = open_source(str(tmp_path))
     assert sorted(source.names) == sorted(path.name for path in tmp_path.iterdir())
     assert not any(source.raster(index) for index in range(len(source))) and not caplog.messages
-    expected = np.rint(grey / 4095 * 255)
-    assert np.array_equal(np.asarray(source.read(source.names.index("grey.tif")))[..., 0], expected)
+
+
+RAMP = np.linspace(200, 1000, 60 * 60).reshape(1, 60, 60)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "nodata"),
+    [("float32", -9999), ("float32", -3.4028234663852886e38), ("uint16", 65535), ("int16", -32768), ("uint8", 0)],
+)
+def test_one_band_is_stretched_without_its_nodata(dtype: str, nodata: float, tmp_path: Path) -> None:
+    values = (RAMP / (4 if dtype == "uint8" else 1)).astype(dtype)
+    values[:, :20] = nodata
+    source = open_source(str(write_raster(tmp_path / "dem.tif", values, nodata=nodata)))
+    picture = np.asarray(source.read(0))
+    assert source.raster(0) is not None and (picture[:20] == BEHIND_TRANSPARENT).all()
+    grey = picture[20:, :, 0].astype(int)
+    assert (np.diff(grey.ravel()) >= 0).all() and np.array_equal(picture[20:, :, 0], picture[20:, :, 2])
+    low, high = (116, 250) if dtype == "uint8" else (0, 255)
+    assert (grey.min(), grey.max()) == (low, high) and len(np.unique(grey)) == high - low + 1
+
+
+@pytest.mark.parametrize("mode", ["palette", "white is zero", "turned"])
+def test_pixels_that_only_pillow_knows_how_to_show_are_left_to_it(mode: str, tmp_path: Path) -> None:
+    file = tmp_path / "scene.tif"
+    if mode == "turned":
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        Image.fromarray(noise(1, 20, 30)[0]).save(file, exif=exif)
+    else:
+        options = {"photometric": "PALETTE" if mode == "palette" else "MINISWHITE", "nodata": 0}
+        write_raster(file, noise(1, 30, 20, dtype="uint8", high=200), **options)
+    source = open_source(str(file))
+    assert source.raster(0) is None and source.read(0).size == (20, 30)
+
+
+def test_without_rasterio_the_files_that_pillow_reads_badly_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_raster(tmp_path / "dem.tif", RAMP.astype("float32"), nodata=-9999)
+    write_raster(tmp_path / "rgb.tif", noise(3, 20, 20, dtype="uint8", high=256), photometric="RGB")
+    write_raster(tmp_path / "sar.tif", noise(1, 20, 20))
+    monkeypatch.setitem(sys.modules, "rasterio", None)
+    source = open_source(str(tmp_path))
+    assert len({source.read(index).size for index in range(3)}) == 2
+    assert caplog.messages == [
+        "2 TIFFs have more than 8 bits or a nodata value, which rasterio reads better than Pillow; "
+        "pip install 'glare-ssl[geotiff]'"
+    ]
 
 
 def test_a_large_tiff_is_cut_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,6 +246,26 @@ def test_a_small_picture_may_have_a_tiff_as_label(tmp_path: Path) -> None:
     assert set(np.unique(open_labelled(str(tmp_path)).read(0)[1])) == {0, 1, 2}
 
 
+@pytest.mark.parametrize("suffix", [".tif", ".png"])
+def test_one_band_of_16_bits_may_be_image_and_label(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("glare.data.raster_windows.TILE_PX", 40)
+    write_scene(tmp_path, side=96)
+    truth = noise(1, 96, 96, low=0, high=3)
+    write_raster(tmp_path / "images" / "scene.tif", noise(1, 96, 96))
+    (tmp_path / "labels" / "scene.tif").unlink()
+    if suffix == ".tif":
+        write_raster(tmp_path / "labels" / "scene.tif", truth)
+    else:
+        Image.fromarray(truth[0].astype(np.uint8)).save(tmp_path / "labels" / "scene.png")
+    data = open_labelled(str(tmp_path))
+    assert len(data) == 9 and data.name(5) == "scene.tif@64,32"
+    assert np.array_equal(data.read(5)[1], truth[0, 32:64, 64:])
+    Image.new("RGB", (96, 96)).save(tmp_path / "images" / "scene.tif")
+    assert np.array_equal(open_labelled(str(tmp_path)).read(0)[1], truth[0])
+
+
 def test_labels_without_data_are_ignored(tmp_path: Path) -> None:
     write_scene(tmp_path, side=64)
     values = np.full((1, 64, 64), 2, np.int16)
@@ -224,8 +288,8 @@ def test_labels_without_data_are_ignored(tmp_path: Path) -> None:
 def test_unfit_labels_are_named(label: np.ndarray[Any, Any] | None, reason: str, tmp_path: Path) -> None:
     write_scene(tmp_path, side=64)
     (tmp_path / "labels" / "scene.tif").unlink()
-    Image.new("L", (64, 64)).save(tmp_path / "labels" / "scene.png")  # of a picture that is cut, no PNG is taken
     if label is not None:
+        Image.new("L", (64, 64)).save(tmp_path / "labels" / "scene.png")  # of a picture that is cut, the TIFF is taken
         write_raster(tmp_path / "labels" / "scene.tif", label)
     data = open_labelled(str(tmp_path), raster=RasterReading(tile=32))
     with pytest.raises(BadImage, match=reason):

@@ -1,0 +1,78 @@
+"""What the header of a TIFF says of how it is best read, as far as Pillow finds it there; no pixel is decoded."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from glare.data.opening import open_picture
+from glare.paths import kind_of
+
+SUFFIXES = (".tif", ".tiff")
+MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+BITS, PHOTOMETRIC, ORIENTATION, SAMPLES, GDAL_NODATA = 258, 262, 274, 277, 42113
+PLACE = (33550, 33922, 34264)  # scale, tie points and transform of GeoTIFF
+PLAIN_MODES = ("L", "LA", "RGB", "RGBA", "RGBX", "YCbCr", "I", "F")  # grey and colours without a palette
+WHITE_IS_ZERO, UPRIGHT = 0, 1
+MANY_BITS = ("I", "F")  # how Pillow's modes of more than 8 bits begin
+
+
+@dataclass(frozen=True)
+class TiffHeader:
+    """Of a TIFF.
+
+    ``whole``: Pillow reads it, and all of its bands. ``plain``: GDAL gives the same pixels, since they are grey or
+    colours and neither inverted nor turned. ``values``: they are numbers of more than 8 bits, or some have no data.
+    ``placed``: it says where it lies.
+    """
+
+    whole: bool
+    plain: bool = True
+    values: bool = False
+    placed: bool = False
+
+
+def header_of(file: Path) -> TiffHeader | None:
+    """The header of a file that is a TIFF by name and content, None of others."""
+    if file.suffix.lower() not in SUFFIXES or not _is_tiff(file):
+        return None
+    try:
+        with open_picture(file) as picture:
+            return _header(picture)
+    except MemoryError:
+        raise
+    except Exception:  # Pillow's readers let almost any exception out on what they cannot read
+        return TiffHeader(whole=False)
+
+
+def nodata_of(picture: Image.Image) -> float | None:
+    """The value of a picture's pixels without data, as GDAL notes it; None where there is no such number."""
+    noted = getattr(picture, "tag_v2", {}).get(GDAL_NODATA)
+    try:
+        return None if noted is None else float(str(noted).strip("\0 "))
+    except ValueError:
+        return None
+
+
+def _header(picture: Image.Image) -> TiffHeader:
+    tags = getattr(picture, "tag_v2", {})
+    mode = picture.mode
+    numbers = mode.startswith(MANY_BITS)
+    straight = tags.get(PHOTOMETRIC) != WHITE_IS_ZERO and tags.get(ORIENTATION, UPRIGHT) == UPRIGHT
+    full = min(tags.get(BITS, (1,))) >= 8
+    return TiffHeader(
+        whole=not len(picture.getbands()) == 1 < tags.get(SAMPLES, 1),
+        plain=straight and full and (numbers or mode in PLAIN_MODES),
+        values=numbers or nodata_of(picture) is not None,
+        placed=any(tag in tags for tag in PLACE),
+    )
+
+
+def _is_tiff(file: Path) -> bool:
+    if kind_of(file) != "file":
+        return False
+    try:
+        with file.open("rb") as stream:
+            return stream.read(4) in MAGIC
+    except OSError:
+        return False
