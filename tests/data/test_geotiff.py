@@ -120,6 +120,40 @@ def test_a_band_that_is_called_alpha_may_be_a_colour(tmp_path: Path) -> None:
     assert np.array_equal(np.asarray(picture), values[[3, 0, 1]].transpose(1, 2, 0))
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+def test_near_infrared_that_is_declared_as_alpha_is_said(
+    dtype: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    values = noise(4, 64, 64, dtype=dtype, high=256)
+    values[3, :20] = 0  # water
+    file = write_raster(tmp_path / "scene.tif", values, photometric="RGB", alpha="YES")
+    water = np.asarray(open_source(str(file)).read(0))[:20]
+    assert (water == BEHIND_TRANSPARENT).all()
+    assert [line for line in caplog.messages if "near infrared" in line] == [
+        "scene.tif: band 4 is taken as transparency, as the file declares it, though it varies like a colour (near "
+        "infrared?); raster.bands=1,2,3 takes all bands as colours, in all such files"
+    ]
+    caplog.clear()
+    picture = np.asarray(open_source(str(file), raster=RasterReading(bands=(1, 2, 3))).read(0))
+    assert not (picture[:20] == BEHIND_TRANSPARENT).all(axis=-1).any() and "infrared" not in caplog.text
+    if dtype == "uint8":
+        assert np.array_equal(picture, values[:3].transpose(1, 2, 0))
+
+
+def test_transparency_is_taken_as_such(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    values = noise(4, 100, 100, dtype="uint8", high=256)
+    values[3] = 255
+    write_raster(tmp_path / "opaque.tif", values, photometric="RGB", alpha="YES")
+    values[3, :50] = 0
+    values[3, 50:54] = 128  # a soft edge
+    write_raster(tmp_path / "half.tif", values, photometric="RGB", alpha="YES")
+    write_raster(tmp_path / "damaged.tif", values, photometric="RGB", alpha="YES")
+    content = (tmp_path / "damaged.tif").read_bytes()
+    (tmp_path / "damaged.tif").write_bytes(content[: len(content) // 2])
+    open_source(str(tmp_path))
+    assert "infrared" not in caplog.text
+
+
 def test_windows_of_mostly_nodata_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     values = noise(4, 256, 256)
     values[:, 100:, :140] = 0

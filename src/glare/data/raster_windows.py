@@ -22,6 +22,7 @@ from glare.data import geotiff, label_files
 from glare.data.geotiff import EXTRA, Box, Raster, Reader, announced, is_installed, open_raster, rasterio
 from glare.data.opening import open_picture, reason_of
 from glare.data.tiff_header import SUFFIXES, TiffHeader, header_of
+from glare.data.transparency import looks_like_colour
 from glare.paths import printable
 from glare.recipes import option
 
@@ -137,12 +138,13 @@ def list_parts(folder: Path, names: Sequence[str], reading: RasterReading = AS_N
     A window is called scene.tif@left,top, in px. Windows of a file are of one size, give or take a pixel, and do not
     overlap; those of which the middle is mostly nodata are left out.
     """
-    reader, parts, lines, poor = Reader(), list[str | Part](), list[str](), 0
+    reader, parts, lines, poor, alpha = Reader(), list[str | Part](), list[str](), 0, list[Path]()
     for name in names:
         shown, file = printable(name), folder / name
         header = header_of(file)
         if header is None or not _is_raster(header, reading):
             parts.append(name)
+            alpha += [file] * (header is not None and header.alpha)
             poor += header is not None and header.plain and header.values
             continue
         if not is_installed():
@@ -153,11 +155,12 @@ def list_parts(folder: Path, names: Sequence[str], reading: RasterReading = AS_N
         except (ValueError, OSError, OverflowError) as error:
             parts.append(Part(shown, file, reason=reason_of(error)))
             continue
+        alpha += [file] * (raster.count > 3 and reading.bands is None)
         lines.append(announced(raster, len(kept), len(boxes) - len(kept), name=shown))
         for box in kept:
             part = Part(shown, file, raster, box)
             parts.append(replace(part, name=f"{shown}@{box.left},{box.top}") if part.cut else part)
-    _say(lines, _more_with_rasterio(poor))
+    _say(lines, _more_with_rasterio(poor) + _no_alpha(alpha[:MOST_LINES], reader))
     return Parts(folder, parts)
 
 
@@ -186,6 +189,19 @@ def _more_with_rasterio(count: int) -> list[str]:
         return []
     files = "1 TIFF has" if count == 1 else f"{count} TIFFs have"
     return [f"{files} more than 8 bits or a nodata value, which rasterio reads better than Pillow; {EXTRA}"]
+
+
+def _no_alpha(files: Sequence[Path], reader: Reader) -> list[str]:
+    """One line on the first of some files whose alpha band is none, for all that are like it."""
+    if not files or not is_installed():
+        return []
+    doubtful = next((file for file in files if looks_like_colour(file, reader)), None)
+    if doubtful is None:
+        return []
+    return [
+        f"{printable(doubtful.name)}: band 4 is taken as transparency, as the file declares it, though it varies like "
+        "a colour (near infrared?); raster.bands=1,2,3 takes all bands as colours, in all such files"
+    ]
 
 
 def _grid(raster: Raster, tile: int | None) -> list[Box]:

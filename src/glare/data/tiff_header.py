@@ -13,6 +13,7 @@ MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 BITS, PHOTOMETRIC, ORIENTATION, SAMPLES, GDAL_NODATA = 258, 262, 274, 277, 42113
 PLACE = (33550, 33922, 34264)  # scale, tie points and transform of GeoTIFF
 PLAIN_MODES = ("L", "LA", "RGB", "RGBA", "RGBX", "YCbCr", "I", "F")  # grey and colours without a palette
+WITH_ALPHA = ("RGBA", "RGBa")
 WHITE_IS_ZERO, UPRIGHT = 0, 1
 MANY_BITS = ("I", "F")  # how Pillow's modes of more than 8 bits begin
 
@@ -23,13 +24,14 @@ class TiffHeader:
 
     ``whole``: Pillow reads it, and all of its bands. ``plain``: GDAL gives the same pixels, since they are grey or
     colours and neither inverted nor turned. ``values``: they are numbers of more than 8 bits, or some have no data.
-    ``placed``: it says where it lies.
+    ``placed``: it says where it lies. ``alpha``: it may have a fourth band that is declared as alpha.
     """
 
     whole: bool
     plain: bool = True
     values: bool = False
     placed: bool = False
+    alpha: bool = True
 
 
 def header_of(file: Path) -> TiffHeader | None:
@@ -65,6 +67,7 @@ def _header(picture: Image.Image) -> TiffHeader:
         plain=straight and full and (numbers or mode in PLAIN_MODES),
         values=numbers or nodata_of(picture) is not None,
         placed=any(tag in tags for tag in PLACE),
+        alpha=mode in WITH_ALPHA,
     )
 
 
