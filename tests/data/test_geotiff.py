@@ -309,6 +309,40 @@ def test_labels_without_data_are_ignored(tmp_path: Path) -> None:
     assert (label[:32] == 255).all() and (label[32:] == 2).all()
 
 
+@pytest.mark.parametrize("nodata", [None, 0, 2, 3, 9, 255])
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+def test_labels_have_one_meaning_whoever_reads_them(
+    nodata: int | None, dtype: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_scene(tmp_path, side=64)
+    write_raster(tmp_path / "images" / "scene.tif", noise(3, 64, 64, dtype="uint8", high=256), photometric="RGB")
+    truth = noise(1, 64, 64, low=0, high=3)
+    missing = nodata is not None and nodata > 2
+    truth[:, :20] = nodata if missing else 1
+    write_raster(tmp_path / "labels" / "scene.tif", truth.astype(dtype), nodata=nodata)
+    expected = np.where(truth[0] > 2, 255, truth[0])
+    for tile in (None, 32, 64):  # by Pillow, in parts, and whole
+        data = open_labelled(str(tmp_path), raster=RasterReading(tile=tile))
+        for index in range(len(data)):
+            left, top = (0, 0) if tile != 32 else (index % 2 * 32, index // 2 * 32)
+            label = data.read(index)[1]
+            assert np.array_equal(label, expected[top:, left:][: label.shape[0], : label.shape[1]])
+    said = [line for line in caplog.messages if "of a class" in line]
+    assert len(said) == (nodata in (0, 2)) and all(f"labels: the nodata value {nodata} of" in line for line in said)
+
+
+def test_an_ignored_class_may_be_the_nodata_value(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_scene(tmp_path, side=64)
+    (tmp_path / "classes.json").write_text('{"classes": ["void", "b", "c"], "ignore_index": 0}')
+    write_raster(tmp_path / "images" / "scene.tif", noise(3, 64, 64, dtype="uint8", high=256), photometric="RGB")
+    write_raster(tmp_path / "labels" / "scene.tif", noise(1, 64, 64, low=0, high=3), nodata=0)
+    by_pillow, in_parts = (
+        open_labelled(str(tmp_path), raster=RasterReading(tile=tile)).read(0)[1] for tile in (None, 64)
+    )
+    assert set(np.unique(by_pillow)) == {1, 2, 255} and np.array_equal(by_pillow, in_parts)
+    assert "of a class" not in caplog.text
+
+
 @pytest.mark.parametrize(
     ("label", "reason"),
     [

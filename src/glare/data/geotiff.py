@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from glare.data.label_files import means_nothing
 from glare.data.opening import MAX_PIXELS
 from glare.errors import UserError, first_line
 from glare.paths import kind_of
@@ -267,10 +268,13 @@ def _limits(values: NDArray[np.float64]) -> tuple[float, float]:
     return float(low), math.nextafter(float(low), math.inf)
 
 
-def read_indices(file: Path, reader: Reader, box: Box, whole: Box, *, ignore: int) -> NDArray[np.int64]:
+def read_classes(
+    file: Path, reader: Reader, box: Box, whole: Box, *, num_classes: int, ignore: int
+) -> NDArray[np.int64]:
     """Class indices (h, w) of a part of a label raster, ``ignore`` where it has no data.
 
-    ``whole``: of its image. Raises ValueError, which says why, where there are no such indices.
+    A nodata value that is the index of a class is that class. ``whole``: of its image. Raises ValueError, which says
+    why, where there are no such indices.
     """
     with reader.opened(file) as dataset:
         if dataset.count != 1 or np.dtype(dataset.dtypes[0]).kind not in "iu":
@@ -284,6 +288,10 @@ def read_indices(file: Path, reader: Reader, box: Box, whole: Box, *, ignore: in
             )
         window = rasterio().windows.Window(*box)
         values, valid = dataset.read(1, window=window), dataset.read_masks(1, window=window) > 0
+        by_value = any(flag.name == "nodata" for flag in dataset.mask_flag_enums[0])
+        nodata = dataset.nodata if by_value else None
+    if nodata is not None and not means_nothing(nodata, file, num_classes=num_classes, ignore=ignore):
+        valid = np.ones(values.shape, bool)
     return np.where(valid, values.astype(np.int64), ignore)
 
 

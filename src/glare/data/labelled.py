@@ -257,7 +257,7 @@ def _read_label(
     """Class indices (h, w) with 255 for ``ignore``; ValueError says what is wrong with the file."""
     file = part.label_file(folder / "images", folder / "labels")
     name = printable(str(file))
-    values = part.read_indices(file, size, reader, ignore=ignore)
+    values = part.read_classes(file, size, reader, num_classes=num_classes, ignore=ignore)
     ignored = values == ignore
     unknown = np.unique(values[~ignored & ((values < 0) | (values >= num_classes))])
     if unknown.size:

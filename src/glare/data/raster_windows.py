@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -88,23 +89,24 @@ class Part:
         files = [*tiffs, png] if self.cut else [png, *tiffs]
         return next((file for file in files if file.is_file()), files[0])
 
-    def read_indices(self, file: Path, size: tuple[int, int], reader: Reader, *, ignore: int) -> NDArray[Any]:
+    def read_classes(
+        self, file: Path, size: tuple[int, int], reader: Reader, *, num_classes: int, ignore: int
+    ) -> NDArray[Any]:
         """Class indices (h, w) of this picture of ``size`` (w, h) px in its label ``file``.
 
         Raises ValueError, which says why, where there are no such indices.
         """
-        name = printable(str(file))
+        read = partial(label_files.read_classes, file, num_classes=num_classes, ignore=ignore)
         if self.raster is None or self.box is None:
-            return label_files.read_indices(file, name, size)
+            return read(size)
         whole = self.raster.whole
         if file.suffix.lower() not in SUFFIXES or not file.is_file():
             left, top, width, height = self.box
-            indices = label_files.read_indices(file, name, (whole.width, whole.height))
-            return indices[top : top + height, left : left + width]
+            return read((whole.width, whole.height))[top : top + height, left : left + width]
         try:
-            return geotiff.read_indices(file, reader, self.box, whole, ignore=ignore)
+            return geotiff.read_classes(file, reader, self.box, whole, num_classes=num_classes, ignore=ignore)
         except ValueError as error:
-            raise ValueError(f"its label {name} cannot be used: {error}") from error
+            raise ValueError(f"its label {printable(str(file))} cannot be used: {error}") from error
 
 
 @dataclass(frozen=True)
