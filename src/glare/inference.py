@@ -17,7 +17,7 @@ from glare.configuration_glare import GlareConfig
 from glare.data.catalog import named
 from glare.data.geotiff import Raster
 from glare.data.labelled import MAX_CLASSES, distinct_colours
-from glare.data.raster_windows import WHOLE, RasterReading
+from glare.data.raster_windows import WHOLE, KeepingPlace, RasterReading
 from glare.data.sources import BadImage, open_source
 from glare.dense_inference import Sweep, asked, segment, sweep_for, sweep_of
 from glare.errors import UserError
@@ -69,7 +69,7 @@ def predict(recipe: PredictRecipe) -> list[tuple[str, str]]:
     is nothing to segment or the output folder is in use.
     """
     RunFolder.check(recipe.output)
-    whole = replace(recipe.raster, tile=WHOLE)
+    whole = KeepingPlace(tile=WHOLE, bands=recipe.raster.bands)
     sources = [open_source(data, split=recipe.split or usual_split(data), raster=whole) for data in recipe.images]
     accelerator = make_accelerator(device=recipe.device, precision=recipe.precision, report_to="none", output=Path())
     model, normalise = load_segmenter(recipe.model, device=accelerator.device)

@@ -24,6 +24,7 @@ from glare.data.geotiff import EXTRA, Box, Raster, Reader, announced, is_install
 from glare.data.opening import open_picture, reason_of
 from glare.data.tiff_header import SUFFIXES, TiffHeader, header_of
 from glare.data.transparency import looks_like_colour
+from glare.data.world_files import world_file_of
 from glare.paths import printable
 from glare.recipes import option
 
@@ -51,6 +52,11 @@ class RasterReading:
     def asked(self) -> bool:
         """Whether TIFFs are read like this that Pillow reads well, too."""
         return bool(self.tile) or self.bands is not None
+
+
+@dataclass(frozen=True)
+class KeepingPlace(RasterReading):
+    """For what is written where a TIFF lies: of those that Pillow reads well, what lies somewhere is a raster, too."""
 
 
 AS_NEEDED = RasterReading()
@@ -140,14 +146,17 @@ def list_parts(folder: Path, names: Sequence[str], reading: RasterReading = AS_N
     A window is called scene.tif@left,top, in px. Windows of a file are of one size, give or take a pixel, and do not
     overlap; those of which the middle is mostly nodata are left out.
     """
-    reader, parts, lines, poor, alpha = Reader(), list[str | Part](), list[str](), 0, list[Path]()
+    reader, parts, lines = Reader(), list[str | Part](), list[str]()
+    poor, lost, alpha = 0, 0, list[Path]()
     for name in names:
         shown, file = printable(name), folder / name
         header = header_of(file)
-        if header is None or not _is_raster(header, reading):
+        placed = header is not None and isinstance(reading, KeepingPlace) and _is_placed(header, file)
+        if header is None or not _is_raster(header, reading, placed=placed):
             parts.append(name)
             alpha += [file] * (header is not None and header.alpha)
             poor += header is not None and header.plain and header.values
+            lost += placed
             continue
         if not is_installed():
             parts.append(Part(shown, file, reason=f"Pillow cannot read such a TIFF, rasterio can; {EXTRA}"))
@@ -155,23 +164,30 @@ def list_parts(folder: Path, names: Sequence[str], reading: RasterReading = AS_N
         try:
             raster, boxes, kept = _windows(file, reader, reading)
         except (ValueError, OSError, OverflowError) as error:
-            parts.append(Part(shown, file, reason=reason_of(error)))
+            only_place = placed and not reading.asked and header.whole and not header.values
+            parts.append(name if only_place else Part(shown, file, reason=reason_of(error)))
+            lost += only_place
             continue
         alpha += [file] * (raster.count > 3 and reading.bands is None)
         lines.append(announced(raster, len(kept), len(boxes) - len(kept), name=shown))
         for box in kept:
             part = Part(shown, file, raster, box)
             parts.append(replace(part, name=f"{shown}@{box.left},{box.top}") if part.cut else part)
-    _say(lines, _more_with_rasterio(poor) + _no_alpha(alpha[:MOST_LINES], reader))
+    _say(lines, _more_with_rasterio(poor) + _place_lost(lost) + _no_alpha(alpha[:MOST_LINES], reader))
     return Parts(folder, parts)
 
 
-def _is_raster(header: TiffHeader, reading: RasterReading) -> bool:
-    """Whether a TIFF is read by rasterio: Pillow reads it not at all, or only the first band of it, or badly."""
+def _is_placed(header: TiffHeader, file: Path) -> bool:
+    """Whether a TIFF, or a world file beside it, says where it lies."""
+    return header.placed or world_file_of(file) is not None
+
+
+def _is_raster(header: TiffHeader, reading: RasterReading, *, placed: bool) -> bool:
+    """Whether a TIFF is read by rasterio: Pillow reads it not at all, or badly, or its place is wanted."""
     if reading.asked:
         rasterio()
         return True
-    return not header.whole or (header.plain and header.values and is_installed())
+    return not header.whole or (header.plain and (header.values or placed) and is_installed())
 
 
 def _windows(file: Path, reader: Reader, reading: RasterReading) -> tuple[Raster, list[Box], list[Box]]:
@@ -191,6 +207,15 @@ def _more_with_rasterio(count: int) -> list[str]:
         return []
     files = "1 TIFF has" if count == 1 else f"{count} TIFFs have"
     return [f"{files} more than 8 bits or a nodata value, which rasterio reads better than Pillow; {EXTRA}"]
+
+
+def _place_lost(count: int) -> list[str]:
+    """One line on TIFFs of which the place is wanted and not kept."""
+    if not count:
+        return []
+    files = "1 TIFF says where it lies" if count == 1 else f"{count} TIFFs say where they lie"
+    why = "rasterio would show other pixels, or none; write grey or RGB in tiles" if is_installed() else EXTRA
+    return [f"{files}, which is not kept, as Pillow reads such files: {why}"]
 
 
 def _no_alpha(files: Sequence[Path], reader: Reader) -> list[str]:
