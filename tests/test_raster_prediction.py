@@ -1,5 +1,6 @@
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from glare.data.geotiff import Raster, Reader, open_raster
 from glare.data.raster_windows import KeepingPlace
 from glare.data.sources import open_source
 from glare.dense_inference import Sweep, segment
-from glare.inference import PredictRecipe, predict
+from glare.inference import PredictRecipe, predict, raster_sweep
 from glare.raster_prediction import BLOCK_PX, OVERLAY_PX, predict_raster
 from glare.views import Normalisation
 
@@ -115,6 +116,51 @@ def test_windows_are_segmented_like_pictures_of_their_size(
     picture = Image.fromarray(values.transpose(1, 2, 0))
     left = segment(model, [picture.crop((0, 0, 40, 40))], normalise=Normalisation())[0]
     assert np.array_equal(label[:, :32], left[:, :32])
+
+
+SCALED: dict[str, Any] = {"test_scale": (48, 24), "ratios": (1.0, 1.5), "flip": True}
+
+
+@pytest.mark.parametrize("remembered", [False, True])
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+def test_a_raster_is_segmented_at_the_test_scale(
+    remembered: bool, dtype: str, model: PreTrainedModel, tmp_path: Path
+) -> None:
+    if remembered:
+        model.config.inference = {"test_scale": [48, 24]}
+    model.save_pretrained(tmp_path / "model")
+    values = noise(3, 64, 90, dtype=dtype, high=256)
+    file = write_raster(tmp_path / "scene.tif", values, photometric="RGB")
+    given = {key: value for key, value in SCALED.items() if key != "test_scale" or not remembered}
+    assert predict(recipe(tmp_path / "model", file, **given)) == []
+    image = open_source(str(file)).read(0)  # as evaluate reads it
+    expected = segment(model, [image], normalise=Normalisation(), sweep=Sweep(**SCALED))[0]
+    native = segment(model, [image], normalise=Normalisation())[0]
+    with rasterio.open(tmp_path / "out" / "scene.tif") as found:
+        assert np.array_equal(found.read(1), expected) and not np.array_equal(expected, native)
+
+
+def test_windows_of_a_raster_have_the_factor_of_what_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("glare.data.raster_windows.TILE_PX", 40)
+    sweep = Sweep(test_scale=(64, 20), ratios=(1.0, 2.0))
+    pictures = {}
+    for name, bands in (("many", 4), ("ortho", 3)):
+        values = noise(bands, 60, 70, dtype="uint8", high=256)
+        file = write_raster(tmp_path / f"{name}.tif", values, photometric="RGB" if bands == 3 else "MINISBLACK")
+        source = open_source(str(file))
+        pictures[name] = source.read(0).size[::-1]
+        raster = open_source(str(file), raster=KeepingPlace(tile=0)).raster(0)
+        assert raster is not None and raster.picture == pictures[name]
+        _, each = raster_sweep(raster, sweep)
+        assert each.sizes(pictures[name]) == sweep.sizes(pictures[name]) and each.test_scale is None
+    assert pictures == {"many": (30, 35), "ortho": (60, 70)}
+    large = replace(raster, width=5000, height=3000, picture=(3000, 5000))
+    windows, each = raster_sweep(large, Sweep(test_scale=(2500, 2000), window=512))
+    assert each == Sweep(ratios=(0.5,), window=512)
+    assert {rows.stop - rows.start for rows, _ in windows} == {2048} and len(windows) == 2 * 4
+    assert raster_sweep(large, Sweep(window=700))[0] == Sweep(window=700).windows((3000, 5000))
 
 
 @pytest.mark.parametrize("bands", [1, 3, 4])

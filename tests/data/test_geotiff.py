@@ -202,13 +202,21 @@ def test_one_band_is_stretched_without_its_nodata(dtype: str, nodata: float, tmp
     assert (grey.min(), grey.max()) == (low, high) and len(np.unique(grey)) == high - low + 1
 
 
-@pytest.mark.parametrize("mode", ["palette", "white is zero", "turned"])
+def test_colours_of_16_bits_keep_their_low_bits(tmp_path: Path) -> None:
+    values = np.repeat(RAMP, 3, axis=0).astype(np.uint16)
+    source = open_source(str(write_raster(tmp_path / "scene.tif", values, photometric="RGB")))
+    assert len(np.unique(np.asarray(source.read(0)))) == 256  # Pillow keeps the high byte alone
+
+
+@pytest.mark.parametrize("mode", ["palette", "white is zero", "turned", "LAB", "CMYK"])
 def test_pixels_that_only_pillow_knows_how_to_show_are_left_to_it(mode: str, tmp_path: Path) -> None:
     file = tmp_path / "scene.tif"
     if mode == "turned":
         exif = Image.Exif()
         exif[0x0112] = 6
         Image.fromarray(noise(1, 20, 30)[0]).save(file, exif=exif)
+    elif mode.isupper():
+        Image.new(mode, (20, 30)).save(file, tiffinfo={42113: "0"})
     else:
         options = {"photometric": "PALETTE" if mode == "palette" else "MINISWHITE", "nodata": 0}
         write_raster(file, noise(1, 30, 20, dtype="uint8", high=200), **options)

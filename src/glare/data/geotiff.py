@@ -118,7 +118,8 @@ class Raster:
     """A GeoTIFF as RGB: sides in px, how many bands of which type it has, and which of them, from 1, are RGB.
 
     ``black`` and ``white`` (3,) are the values that become 0 and 255, None where values stay as they are.
-    ``masked``: the file says of some pixels that they have no data.
+    ``masked``: the file says of some pixels that they have no data. ``picture`` (height, width): what a model is
+    measured on, the whole or its windows.
     """
 
     file: Path
@@ -131,6 +132,7 @@ class Raster:
     masked: bool
     black: NDArray[np.float64] | None = None
     white: NDArray[np.float64] | None = None
+    picture: tuple[int, int] | None = None
 
     @property
     def whole(self) -> Box:

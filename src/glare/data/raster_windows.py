@@ -163,6 +163,7 @@ def list_parts(folder: Path, names: Sequence[str], reading: RasterReading = AS_N
             continue
         try:
             raster, boxes, kept = _windows(file, reader, reading)
+            raster = replace(raster, picture=_measured_on(raster, header, reading))
         except (ValueError, OSError, OverflowError) as error:
             only_place = placed and not reading.asked and header.whole and not header.values
             parts.append(name if only_place else Part(shown, file, reason=reason_of(error)))
@@ -199,6 +200,14 @@ def _windows(file: Path, reader: Reader, reading: RasterReading) -> tuple[Raster
     if not kept:
         raise ValueError("it is nodata nearly everywhere; remove it")
     return raster, boxes, kept
+
+
+def _measured_on(raster: Raster, header: TiffHeader, reading: RasterReading) -> tuple[int, int]:
+    """(height, width) of the pictures that a raster is to other jobs: the whole where Pillow reads it well."""
+    if header.whole and not header.values and not reading.asked:
+        return raster.height, raster.width
+    height, width = (math.ceil(side / math.ceil(side / TILE_PX)) for side in (raster.height, raster.width))
+    return height, width
 
 
 def _more_with_rasterio(count: int) -> list[str]:

@@ -15,7 +15,6 @@ PLACE = (33550, 33922, 34264)  # scale, tie points and transform of GeoTIFF
 PLAIN_MODES = ("L", "LA", "RGB", "RGBA", "RGBX", "YCbCr", "I", "F")  # grey and colours without a palette
 WITH_ALPHA = ("RGBA", "RGBa")
 WHITE_IS_ZERO, UPRIGHT = 0, 1
-MANY_BITS = ("I", "F")  # how Pillow's modes of more than 8 bits begin
 
 
 @dataclass(frozen=True)
@@ -59,13 +58,12 @@ def nodata_of(picture: Image.Image) -> float | None:
 def _header(picture: Image.Image) -> TiffHeader:
     tags = getattr(picture, "tag_v2", {})
     mode = picture.mode
-    numbers = mode.startswith(MANY_BITS)
+    bits = tags.get(BITS, (1,))
     straight = tags.get(PHOTOMETRIC) != WHITE_IS_ZERO and tags.get(ORIENTATION, UPRIGHT) == UPRIGHT
-    full = min(tags.get(BITS, (1,))) >= 8
     return TiffHeader(
         whole=not len(picture.getbands()) == 1 < tags.get(SAMPLES, 1),
-        plain=straight and full and (numbers or mode in PLAIN_MODES),
-        values=numbers or nodata_of(picture) is not None,
+        plain=straight and min(bits) >= 8 and mode.partition(";")[0] in PLAIN_MODES,
+        values=max(bits) > 8 or nodata_of(picture) is not None,
         placed=any(tag in tags for tag in PLACE),
         alpha=mode in WITH_ALPHA,
     )
