@@ -188,7 +188,13 @@ RAMP = np.linspace(200, 1000, 60 * 60).reshape(1, 60, 60)
 
 @pytest.mark.parametrize(
     ("dtype", "nodata"),
-    [("float32", -9999), ("float32", -3.4028234663852886e38), ("uint16", 65535), ("int16", -32768), ("uint8", 0)],
+    [
+        ("float32", -9999),
+        ("float32", -3.4028234663852886e38),
+        ("uint16", 65535),
+        ("int16", -32768),
+        ("uint8", 0),
+    ],
 )
 def test_one_band_is_stretched_without_its_nodata(dtype: str, nodata: float, tmp_path: Path) -> None:
     values = (RAMP / (4 if dtype == "uint8" else 1)).astype(dtype)
@@ -200,6 +206,12 @@ def test_one_band_is_stretched_without_its_nodata(dtype: str, nodata: float, tmp
     assert (np.diff(grey.ravel()) >= 0).all() and np.array_equal(picture[20:, :, 0], picture[20:, :, 2])
     low, high = (116, 250) if dtype == "uint8" else (0, 255)
     assert (grey.min(), grey.max()) == (low, high) and len(np.unique(grey)) == high - low + 1
+
+
+def test_numbers_with_a_sign_keep_it(tmp_path: Path) -> None:
+    values = np.linspace(-100, 100, 2500).reshape(1, 50, 50).astype(np.int8)
+    grey = np.asarray(open_source(str(write_raster(tmp_path / "scene.tif", values))).read(0))[..., 0]
+    assert (np.diff(grey.ravel().astype(int)) >= 0).all() and (grey.min(), grey.max()) == (0, 255)
 
 
 def test_colours_of_16_bits_keep_their_low_bits(tmp_path: Path) -> None:

@@ -10,11 +10,11 @@ from glare.paths import kind_of
 
 SUFFIXES = (".tif", ".tiff")
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-BITS, PHOTOMETRIC, ORIENTATION, SAMPLES, GDAL_NODATA = 258, 262, 274, 277, 42113
+BITS, PHOTOMETRIC, ORIENTATION, SAMPLES, SAMPLE_FORMAT, GDAL_NODATA = 258, 262, 274, 277, 339, 42113
 PLACE = (33550, 33922, 34264)  # scale, tie points and transform of GeoTIFF
 PLAIN_MODES = ("L", "LA", "RGB", "RGBA", "RGBX", "YCbCr", "I", "F")  # grey and colours without a palette
 WITH_ALPHA = ("RGBA", "RGBa")
-WHITE_IS_ZERO, UPRIGHT = 0, 1
+WHITE_IS_ZERO, UPRIGHT, SIGNED = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class TiffHeader:
     """Of a TIFF.
 
     ``whole``: Pillow reads it, and all of its bands. ``plain``: GDAL gives the same pixels, since they are grey or
-    colours and neither inverted nor turned. ``values``: they are numbers of more than 8 bits, or some have no data.
+    colours and neither inverted nor turned. ``values``: they are of more than 8 bits or signed, or some have no data.
     ``placed``: it says where it lies. ``alpha``: it may have a fourth band that is declared as alpha.
     """
 
@@ -63,7 +63,7 @@ def _header(picture: Image.Image) -> TiffHeader:
     return TiffHeader(
         whole=not len(picture.getbands()) == 1 < tags.get(SAMPLES, 1),
         plain=straight and min(bits) >= 8 and mode.partition(";")[0] in PLAIN_MODES,
-        values=max(bits) > 8 or nodata_of(picture) is not None,
+        values=max(bits) > 8 or SIGNED in tags.get(SAMPLE_FORMAT, ()) or nodata_of(picture) is not None,
         placed=any(tag in tags for tag in PLACE),
         alpha=mode in WITH_ALPHA,
     )
