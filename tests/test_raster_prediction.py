@@ -1,4 +1,6 @@
 import json
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,14 @@ from raster_samples import CRS, TRANSFORM, noise, write_raster, write_scene
 from glare import GlareConfig, GlareForSemanticSegmentation, UserError, recipes
 from glare.cli import main as glare_main
 from glare.data.geotiff import Raster, Reader, open_raster
+from glare.data.raster_windows import KeepingPlace
 from glare.data.sources import open_source
 from glare.dense_inference import Sweep, segment
-from glare.inference import PredictRecipe, predict
+from glare.inference import PredictRecipe, predict, raster_sweep
 from glare.raster_prediction import BLOCK_PX, OVERLAY_PX, predict_raster
 from glare.views import Normalisation
+
+pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 
 
 @pytest.fixture
@@ -101,8 +106,8 @@ def test_windows_are_segmented_like_pictures_of_their_size(
     folder: Path, model: PreTrainedModel, tmp_path: Path
 ) -> None:
     values = noise(3, 40, 64, dtype="uint8", high=256)
-    file = write_raster(tmp_path / "scene.tif", values, photometric="RGB")
-    assert predict(recipe(folder, file, window=32, stride=32)) == []  # Pillow reads it: a PNG, as ever
+    file = write_raster(tmp_path / "scene.tif", values, photometric="RGB", crs=None, transform=None)
+    assert predict(recipe(folder, file, window=32, stride=32)) == []  # it lies nowhere: a PNG
     assert (tmp_path / "out" / "scene.png").exists()
     arguments = ["predict", "--model", str(folder), "--output", str(tmp_path / "wide"), str(file), "raster.bands=1,2,3"]
     assert glare_main([*arguments, "--window", "40", "--stride", "24", "--precision", "fp32"]) == 0
@@ -111,6 +116,133 @@ def test_windows_are_segmented_like_pictures_of_their_size(
     picture = Image.fromarray(values.transpose(1, 2, 0))
     left = segment(model, [picture.crop((0, 0, 40, 40))], normalise=Normalisation())[0]
     assert np.array_equal(label[:, :32], left[:, :32])
+
+
+SCALED: dict[str, Any] = {"test_scale": (48, 24), "ratios": (1.0, 1.5), "flip": True}
+
+
+@pytest.mark.parametrize("remembered", [False, True])
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+def test_a_raster_is_segmented_at_the_test_scale(
+    remembered: bool, dtype: str, model: PreTrainedModel, tmp_path: Path
+) -> None:
+    if remembered:
+        model.config.inference = {"test_scale": [48, 24]}
+    model.save_pretrained(tmp_path / "model")
+    values = noise(3, 64, 90, dtype=dtype, high=256)
+    file = write_raster(tmp_path / "scene.tif", values, photometric="RGB")
+    given = {key: value for key, value in SCALED.items() if key != "test_scale" or not remembered}
+    assert predict(recipe(tmp_path / "model", file, **given)) == []
+    image = open_source(str(file)).read(0)  # as evaluate reads it
+    expected = segment(model, [image], normalise=Normalisation(), sweep=Sweep(**SCALED))[0]
+    native = segment(model, [image], normalise=Normalisation())[0]
+    with rasterio.open(tmp_path / "out" / "scene.tif") as found:
+        assert np.array_equal(found.read(1), expected) and not np.array_equal(expected, native)
+
+
+def test_windows_of_a_raster_have_the_factor_of_what_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("glare.data.raster_windows.TILE_PX", 40)
+    sweep = Sweep(test_scale=(64, 20), ratios=(1.0, 2.0))
+    pictures = {}
+    for name, bands in (("many", 4), ("ortho", 3)):
+        values = noise(bands, 60, 70, dtype="uint8", high=256)
+        file = write_raster(tmp_path / f"{name}.tif", values, photometric="RGB" if bands == 3 else "MINISBLACK")
+        source = open_source(str(file))
+        pictures[name] = source.read(0).size[::-1]
+        raster = open_source(str(file), raster=KeepingPlace(tile=0)).raster(0)
+        assert raster is not None and raster.picture == pictures[name]
+        _, each = raster_sweep(raster, sweep)
+        assert each.sizes(pictures[name]) == sweep.sizes(pictures[name]) and each.test_scale is None
+    assert pictures == {"many": (30, 35), "ortho": (60, 70)}
+    large = replace(raster, width=5000, height=3000, picture=(3000, 5000))
+    windows, each = raster_sweep(large, Sweep(test_scale=(2500, 2000), window=512))
+    assert each == Sweep(ratios=(0.5,), window=512)
+    assert {rows.stop - rows.start for rows, _ in windows} == {2048} and len(windows) == 2 * 4
+    assert raster_sweep(large, Sweep(window=700))[0] == Sweep(window=700).windows((3000, 5000))
+
+
+@pytest.mark.parametrize("bands", [1, 3, 4])
+def test_the_place_of_an_ordinary_picture_is_kept(bands: int, folder: Path, tmp_path: Path) -> None:
+    values = noise(bands, 30, 40, dtype="uint8", high=256)
+    if bands == 4:
+        values[3] = 255
+        values[3, :10] = 0
+    file = write_raster(tmp_path / "ortho.tif", values, photometric="RGB" if bands > 1 else "MINISBLACK", alpha="YES")
+    assert open_source(str(file)).raster(0) is None  # other jobs read it by Pillow
+    assert predict(recipe(folder, file)) == []
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["ortho.tif", "ortho_overlay.png"]
+    with rasterio.open(tmp_path / "out" / "ortho.tif") as found:
+        assert found.crs == CRS and found.transform == TRANSFORM
+        assert (found.read(1)[:10] == 255).all() == (bands == 4) and (found.read(1)[10:] < 3).all()
+
+
+def test_a_place_that_is_not_kept_is_said(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turned = write_raster(tmp_path / "inverted.tif", noise(1, 20, 20, dtype="uint8"), photometric="MINISWHITE")
+    assert predict(recipe(folder, turned)) == [] and (tmp_path / "out" / "inverted.png").exists()
+    assert caplog.messages[0].startswith("1 TIFF says where it lies, which is not kept")
+    caplog.clear()
+    file = write_raster(tmp_path / "ortho.tif", noise(3, 20, 20, dtype="uint8"), photometric="RGB")
+    monkeypatch.setitem(sys.modules, "rasterio", None)
+    source = open_source(str(file), raster=KeepingPlace(tile=0))
+    assert source.raster(0) is None and caplog.messages == [
+        "1 TIFF says where it lies, which is not kept, as Pillow reads such files: pip install 'glare-ssl[geotiff]'"
+    ]
+
+
+def test_what_cannot_be_read_in_parts_is_read_by_pillow_without_its_place(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("glare.data.geotiff.MAX_BLOCK_BYTES", 1000)
+    values = noise(3, 30, 40, dtype="uint8", high=256)
+    assert predict(recipe(folder, write_raster(tmp_path / "ortho.tif", values, photometric="RGB"))) == []
+    assert (tmp_path / "out" / "ortho.png").exists()
+    assert "1 TIFF says where it lies, which is not kept" in caplog.text
+
+
+def label_map_of(raster: Raster, tmp_path: Path) -> Any:
+    written(raster, tmp_path, Sweep())
+    with rasterio.open(tmp_path / "out.tif") as found:
+        return found.transform
+
+
+@pytest.mark.parametrize("ending", ["tfw", "TFW", "tifw", "wld"])
+def test_a_world_file_says_where_a_scene_lies(
+    ending: str, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    values = noise(3, 30, 40, dtype="uint8", high=256)
+    file = write_raster(tmp_path / "scene.tif", values, photometric="RGB", crs=None, transform=None)
+    (tmp_path / f"scene.{ending}").write_text("0.5\n0.1\n-0.2\n-0.4\n500000.25\n4599999.75\n")
+    assert predict(recipe(folder, file)) == []
+    with rasterio.open(tmp_path / "out" / "scene.tif") as found, rasterio.open(file) as by_gdal:
+        expected = (0.5, -0.2, 500000.1, 0.1, -0.4, 4599999.9)
+        assert found.transform[:6] == pytest.approx(expected, rel=1e-12) == by_gdal.transform[:6]
+    assert "georeference" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "text", ["", "1\n2\n3", "1\n0\n0\nnan\n5\n6", "1\n1\n1\n1\n5\n6", "a\nb\nc\nd\ne\nf", "1 " * 2000, "\xe9\0" * 6]
+)
+def test_nonsense_beside_a_scene_is_said(text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = write_raster(tmp_path / "scene.tif", noise(4, 20, 20), crs=None, transform=None)
+    (tmp_path / "scene.tfw").write_text(text)
+    assert label_map_of(open_raster(file, Reader()).stretched(), tmp_path).is_identity
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].startswith("scene.tif has no georeference and scene.tfw is no world file: it")
+
+
+def test_a_world_file_is_not_asked_where_the_scene_knows_better(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = write_raster(tmp_path / "scene.tif", noise(4, 20, 20))
+    (tmp_path / "scene.tfw").write_text("1\n0\n0\n-1\n5\n6\n")
+    assert label_map_of(open_raster(file, Reader()).stretched(), tmp_path) == TRANSFORM
+    nowhere = write_raster(tmp_path / "nowhere.tif", noise(4, 20, 20), crs=None, transform=None)
+    assert label_map_of(open_raster(nowhere, Reader()).stretched(), tmp_path).is_identity
+    assert caplog.messages == ["nowhere.tif has no georeference and no world file beside it; nor has its label map"]
 
 
 def test_a_window_without_data_is_not_segmented(tmp_path: Path) -> None:

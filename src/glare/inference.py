@@ -17,11 +17,12 @@ from glare.configuration_glare import GlareConfig
 from glare.data.catalog import named
 from glare.data.geotiff import Raster
 from glare.data.labelled import MAX_CLASSES, distinct_colours
-from glare.data.raster_windows import WHOLE, RasterReading
+from glare.data.raster_windows import WHOLE, KeepingPlace, RasterReading
 from glare.data.sources import BadImage, open_source
-from glare.dense_inference import Sweep, asked, segment, sweep_for, sweep_of
+from glare.dense_inference import WINDOW_PX, Sweep, Window, asked, segment, sweep_for, sweep_of
 from glare.errors import UserError
 from glare.figures import annotated
+from glare.geometry import factor_to_fit
 from glare.model_names import explained, place_of
 from glare.raster_prediction import predict_raster
 from glare.recipes import option, required
@@ -30,6 +31,7 @@ from glare.runtime import DEVICES, PRECISIONS, make_accelerator
 from glare.views import Normalisation
 
 ENDINGS = (".png", "_overlay.png")  # of the label map and of the picture for people
+MAX_READ_PX = 2 * WINDOW_PX  # side of the windows of a raster that are brought to a test scale
 LONGEST_STEM = 200  # bytes: a file name has 255 at most, with a number, an ending and, while it is written, a mark
 
 
@@ -69,7 +71,7 @@ def predict(recipe: PredictRecipe) -> list[tuple[str, str]]:
     is nothing to segment or the output folder is in use.
     """
     RunFolder.check(recipe.output)
-    whole = replace(recipe.raster, tile=WHOLE)
+    whole = KeepingPlace(tile=WHOLE, bands=recipe.raster.bands)
     sources = [open_source(data, split=recipe.split or usual_split(data), raster=whole) for data in recipe.images]
     accelerator = make_accelerator(device=recipe.device, precision=recipe.precision, report_to="none", output=Path())
     model, normalise = load_segmenter(recipe.model, device=accelerator.device)
@@ -143,17 +145,31 @@ def write_raster_prediction(
 ) -> None:
     """Segment a raster by windows into ``<stem>.tif`` and ``<stem>_overlay.png``; BadImage if it cannot be read.
 
-    At its native size: a test scale is one of whole pictures.
+    A test scale is applied with the factor of the pictures that `glare evaluate` fits to it, to windows of this size.
     """
-    native = replace(sweep, test_scale=None)
+    windows, each = raster_sweep(raster, sweep)
     predict_raster(
         raster,
-        native.windows((raster.height, raster.width)),
-        lambda window: segment(model, [window], normalise=normalise, sweep=native)[0],
+        windows,
+        lambda window: segment(model, [window], normalise=normalise, sweep=each)[0],
         files=(stem.with_name(f"{stem.name}.tif"), stem.with_name(f"{stem.name}{ENDINGS[1]}")),
         classes=class_names(model),
         colours=palette(model),
     )
+
+
+def raster_sweep(raster: Raster, sweep: Sweep) -> tuple[list[Window], Sweep]:
+    """Windows that cover a raster, in its px, and how each is segmented: one factor for all in place of a test scale.
+
+    Where images become smaller windows are larger by as much, up to `MAX_READ_PX`, so that they show as much.
+    """
+    size = raster.height, raster.width
+    if sweep.test_scale is None:
+        return sweep.windows(size), sweep
+    factor = factor_to_fit(torch.tensor(raster.picture or size), sweep.test_scale).item()
+    each = replace(sweep, test_scale=None, ratios=tuple(factor * ratio for ratio in sweep.ratios))
+    side = min(MAX_READ_PX, max(WINDOW_PX, round(WINDOW_PX / factor)))
+    return Sweep(window=side).windows(size), each
 
 
 def load_segmenter(name: str, *, device: torch.device) -> tuple[PreTrainedModel, Normalisation]:

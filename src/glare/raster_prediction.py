@@ -4,6 +4,7 @@ Where an array's windows are averaged, which would hold the logits of a whole ro
 from the window in which it lies farthest from an edge.
 """
 
+import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
@@ -17,9 +18,12 @@ from tqdm import tqdm
 
 from glare.data.geotiff import CACHE_BYTES, GDAL_OPTIONS, Box, Raster, rasterio
 from glare.data.sources import BadImage, to_rgb8
+from glare.data.world_files import read_world_file, world_file_of
 from glare.figures import annotated
 from glare.paths import printable
 from glare.run_folder import atomic_write, atomic_write_png
+
+logger = logging.getLogger(__name__)
 
 NO_DATA = 255
 BLOCK_PX = 256
@@ -125,7 +129,23 @@ def _georeference_of(raster: Raster) -> dict[str, Any]:
         points, system = dataset.gcps
         if points:
             return {"gcps": points, "crs": system}
-        return {"transform": dataset.transform, "crs": dataset.crs}
+        transform, system = dataset.transform, dataset.crs
+    if transform.is_identity:
+        transform = _beside(raster.file) or transform
+    return {"transform": transform, "crs": system}
+
+
+def _beside(file: Path) -> Any:
+    """The transform in the world file of a TIFF without georeference; None, which is said, where there is none."""
+    world = world_file_of(file)
+    name, why = printable(file.name), "and no world file beside it"
+    if world is not None:
+        try:
+            return rasterio().Affine(*read_world_file(world))
+        except ValueError as error:
+            why = f"and {printable(world.name)} is no world file: {error}"
+    logger.warning(f"{name} has no georeference {why}; nor has its label map")
+    return None
 
 
 def _write_indices(

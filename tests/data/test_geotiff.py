@@ -103,8 +103,8 @@ def test_pixels_without_data_get_the_colour_behind_transparency(kind: str, tmp_p
         rasterio = geotiff.rasterio()
         with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(file, "r+") as raster:
             raster.write_mask(~missing)
-    source = open_source(str(tmp_path), raster=RasterReading(bands=(1, 2, 3)))
-    picture = np.asarray(source.read(0))
+    reading = RasterReading(tile=64) if kind == "alpha" else RasterReading(bands=(1, 2, 3))
+    picture = np.asarray(open_source(str(tmp_path), raster=reading).read(0))
     assert (picture[missing] == BEHIND_TRANSPARENT).all()
     assert not (picture[~missing] == BEHIND_TRANSPARENT).all(axis=-1).any()
     if kind == "nodata":  # it counts for neither black nor white
@@ -118,6 +118,40 @@ def test_a_band_that_is_called_alpha_may_be_a_colour(tmp_path: Path) -> None:
     write_raster(tmp_path / "scene.tif", values, photometric="RGB", alpha="YES")
     picture = open_source(str(tmp_path), raster=RasterReading(bands=(4, 1, 2))).read(0)
     assert np.array_equal(np.asarray(picture), values[[3, 0, 1]].transpose(1, 2, 0))
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+def test_near_infrared_that_is_declared_as_alpha_is_said(
+    dtype: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    values = noise(4, 64, 64, dtype=dtype, high=256)
+    values[3, :20] = 0  # water
+    file = write_raster(tmp_path / "scene.tif", values, photometric="RGB", alpha="YES")
+    water = np.asarray(open_source(str(file)).read(0))[:20]
+    assert (water == BEHIND_TRANSPARENT).all()
+    assert [line for line in caplog.messages if "near infrared" in line] == [
+        "scene.tif: band 4 is taken as transparency, as the file declares it, though it varies like a colour (near "
+        "infrared?); raster.bands=1,2,3 takes all bands as colours, in all such files"
+    ]
+    caplog.clear()
+    picture = np.asarray(open_source(str(file), raster=RasterReading(bands=(1, 2, 3))).read(0))
+    assert not (picture[:20] == BEHIND_TRANSPARENT).all(axis=-1).any() and "infrared" not in caplog.text
+    if dtype == "uint8":
+        assert np.array_equal(picture, values[:3].transpose(1, 2, 0))
+
+
+def test_transparency_is_taken_as_such(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    values = noise(4, 100, 100, dtype="uint8", high=256)
+    values[3] = 255
+    write_raster(tmp_path / "opaque.tif", values, photometric="RGB", alpha="YES")
+    values[3, :50] = 0
+    values[3, 50:54] = 128  # a soft edge
+    write_raster(tmp_path / "half.tif", values, photometric="RGB", alpha="YES")
+    write_raster(tmp_path / "damaged.tif", values, photometric="RGB", alpha="YES")
+    content = (tmp_path / "damaged.tif").read_bytes()
+    (tmp_path / "damaged.tif").write_bytes(content[: len(content) // 2])
+    open_source(str(tmp_path))
+    assert "infrared" not in caplog.text
 
 
 def test_windows_of_mostly_nodata_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -140,17 +174,81 @@ def test_windows_of_mostly_nodata_are_left_out(tmp_path: Path, caplog: pytest.Lo
         source.read(len(source) - 1)
 
 
-def test_what_pillow_reads_stays_as_it_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    grey = np.arange(30 * 40, dtype=np.uint16).reshape(30, 40)
-    Image.fromarray(grey).save(tmp_path / "grey.tif")
+def test_what_pillow_reads_well_stays_as_it_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for mode in ("RGB", "RGBA", "L", "P", "CMYK"):
         Image.new(mode, (40, 30), 3).save(tmp_path / f"{mode}.TIFF")
     write_raster(tmp_path / "nir.tif", noise(4, 30, 40, dtype="uint8", high=256), photometric="RGB", alpha="NO")
     source = open_source(str(tmp_path))
     assert sorted(source.names) == sorted(path.name for path in tmp_path.iterdir())
     assert not any(source.raster(index) for index in range(len(source))) and not caplog.messages
-    expected = np.rint(grey / 4095 * 255)
-    assert np.array_equal(np.asarray(source.read(source.names.index("grey.tif")))[..., 0], expected)
+
+
+RAMP = np.linspace(200, 1000, 60 * 60).reshape(1, 60, 60)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "nodata"),
+    [
+        ("float32", -9999),
+        ("float32", -3.4028234663852886e38),
+        ("uint16", 65535),
+        ("int16", -32768),
+        ("uint8", 0),
+    ],
+)
+def test_one_band_is_stretched_without_its_nodata(dtype: str, nodata: float, tmp_path: Path) -> None:
+    values = (RAMP / (4 if dtype == "uint8" else 1)).astype(dtype)
+    values[:, :20] = nodata
+    source = open_source(str(write_raster(tmp_path / "dem.tif", values, nodata=nodata)))
+    picture = np.asarray(source.read(0))
+    assert source.raster(0) is not None and (picture[:20] == BEHIND_TRANSPARENT).all()
+    grey = picture[20:, :, 0].astype(int)
+    assert (np.diff(grey.ravel()) >= 0).all() and np.array_equal(picture[20:, :, 0], picture[20:, :, 2])
+    low, high = (116, 250) if dtype == "uint8" else (0, 255)
+    assert (grey.min(), grey.max()) == (low, high) and len(np.unique(grey)) == high - low + 1
+
+
+def test_numbers_with_a_sign_keep_it(tmp_path: Path) -> None:
+    values = np.linspace(-100, 100, 2500).reshape(1, 50, 50).astype(np.int8)
+    grey = np.asarray(open_source(str(write_raster(tmp_path / "scene.tif", values))).read(0))[..., 0]
+    assert (np.diff(grey.ravel().astype(int)) >= 0).all() and (grey.min(), grey.max()) == (0, 255)
+
+
+def test_colours_of_16_bits_keep_their_low_bits(tmp_path: Path) -> None:
+    values = np.repeat(RAMP, 3, axis=0).astype(np.uint16)
+    source = open_source(str(write_raster(tmp_path / "scene.tif", values, photometric="RGB")))
+    assert len(np.unique(np.asarray(source.read(0)))) == 256  # Pillow keeps the high byte alone
+
+
+@pytest.mark.parametrize("mode", ["palette", "white is zero", "turned", "LAB", "CMYK"])
+def test_pixels_that_only_pillow_knows_how_to_show_are_left_to_it(mode: str, tmp_path: Path) -> None:
+    file = tmp_path / "scene.tif"
+    if mode == "turned":
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        Image.fromarray(noise(1, 20, 30)[0]).save(file, exif=exif)
+    elif mode.isupper():
+        Image.new(mode, (20, 30)).save(file, tiffinfo={42113: "0"})
+    else:
+        options = {"photometric": "PALETTE" if mode == "palette" else "MINISWHITE", "nodata": 0}
+        write_raster(file, noise(1, 30, 20, dtype="uint8", high=200), **options)
+    source = open_source(str(file))
+    assert source.raster(0) is None and source.read(0).size == (20, 30)
+
+
+def test_without_rasterio_the_files_that_pillow_reads_badly_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_raster(tmp_path / "dem.tif", RAMP.astype("float32"), nodata=-9999)
+    write_raster(tmp_path / "rgb.tif", noise(3, 20, 20, dtype="uint8", high=256), photometric="RGB")
+    write_raster(tmp_path / "sar.tif", noise(1, 20, 20))
+    monkeypatch.setitem(sys.modules, "rasterio", None)
+    source = open_source(str(tmp_path))
+    assert len({source.read(index).size for index in range(3)}) == 2
+    assert caplog.messages == [
+        "2 TIFFs have more than 8 bits or a nodata value, which rasterio reads better than Pillow; "
+        "pip install 'glare-ssl[geotiff]'"
+    ]
 
 
 def test_a_large_tiff_is_cut_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,6 +300,26 @@ def test_a_small_picture_may_have_a_tiff_as_label(tmp_path: Path) -> None:
     assert set(np.unique(open_labelled(str(tmp_path)).read(0)[1])) == {0, 1, 2}
 
 
+@pytest.mark.parametrize("suffix", [".tif", ".png"])
+def test_one_band_of_16_bits_may_be_image_and_label(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("glare.data.raster_windows.TILE_PX", 40)
+    write_scene(tmp_path, side=96)
+    truth = noise(1, 96, 96, low=0, high=3)
+    write_raster(tmp_path / "images" / "scene.tif", noise(1, 96, 96))
+    (tmp_path / "labels" / "scene.tif").unlink()
+    if suffix == ".tif":
+        write_raster(tmp_path / "labels" / "scene.tif", truth)
+    else:
+        Image.fromarray(truth[0].astype(np.uint8)).save(tmp_path / "labels" / "scene.png")
+    data = open_labelled(str(tmp_path))
+    assert len(data) == 9 and data.name(5) == "scene.tif@64,32"
+    assert np.array_equal(data.read(5)[1], truth[0, 32:64, 64:])
+    Image.new("RGB", (96, 96)).save(tmp_path / "images" / "scene.tif")
+    assert np.array_equal(open_labelled(str(tmp_path)).read(0)[1], truth[0])
+
+
 def test_labels_without_data_are_ignored(tmp_path: Path) -> None:
     write_scene(tmp_path, side=64)
     values = np.full((1, 64, 64), 2, np.int16)
@@ -209,6 +327,40 @@ def test_labels_without_data_are_ignored(tmp_path: Path) -> None:
     write_raster(tmp_path / "labels" / "scene.tif", values, nodata=-1)
     _, label = open_labelled(str(tmp_path)).read(0)
     assert (label[:32] == 255).all() and (label[32:] == 2).all()
+
+
+@pytest.mark.parametrize("nodata", [None, 0, 2, 3, 9, 255])
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+def test_labels_have_one_meaning_whoever_reads_them(
+    nodata: int | None, dtype: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_scene(tmp_path, side=64)
+    write_raster(tmp_path / "images" / "scene.tif", noise(3, 64, 64, dtype="uint8", high=256), photometric="RGB")
+    truth = noise(1, 64, 64, low=0, high=3)
+    missing = nodata is not None and nodata > 2
+    truth[:, :20] = nodata if missing else 1
+    write_raster(tmp_path / "labels" / "scene.tif", truth.astype(dtype), nodata=nodata)
+    expected = np.where(truth[0] > 2, 255, truth[0])
+    for tile in (None, 32, 64):  # by Pillow, in parts, and whole
+        data = open_labelled(str(tmp_path), raster=RasterReading(tile=tile))
+        for index in range(len(data)):
+            left, top = (0, 0) if tile != 32 else (index % 2 * 32, index // 2 * 32)
+            label = data.read(index)[1]
+            assert np.array_equal(label, expected[top:, left:][: label.shape[0], : label.shape[1]])
+    said = [line for line in caplog.messages if "of a class" in line]
+    assert len(said) == (nodata in (0, 2)) and all(f"labels: the nodata value {nodata} of" in line for line in said)
+
+
+def test_an_ignored_class_may_be_the_nodata_value(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_scene(tmp_path, side=64)
+    (tmp_path / "classes.json").write_text('{"classes": ["void", "b", "c"], "ignore_index": 0}')
+    write_raster(tmp_path / "images" / "scene.tif", noise(3, 64, 64, dtype="uint8", high=256), photometric="RGB")
+    write_raster(tmp_path / "labels" / "scene.tif", noise(1, 64, 64, low=0, high=3), nodata=0)
+    by_pillow, in_parts = (
+        open_labelled(str(tmp_path), raster=RasterReading(tile=tile)).read(0)[1] for tile in (None, 64)
+    )
+    assert set(np.unique(by_pillow)) == {1, 2, 255} and np.array_equal(by_pillow, in_parts)
+    assert "of a class" not in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -224,8 +376,8 @@ def test_labels_without_data_are_ignored(tmp_path: Path) -> None:
 def test_unfit_labels_are_named(label: np.ndarray[Any, Any] | None, reason: str, tmp_path: Path) -> None:
     write_scene(tmp_path, side=64)
     (tmp_path / "labels" / "scene.tif").unlink()
-    Image.new("L", (64, 64)).save(tmp_path / "labels" / "scene.png")  # of a picture that is cut, no PNG is taken
     if label is not None:
+        Image.new("L", (64, 64)).save(tmp_path / "labels" / "scene.png")  # of a picture that is cut, the TIFF is taken
         write_raster(tmp_path / "labels" / "scene.tif", label)
     data = open_labelled(str(tmp_path), raster=RasterReading(tile=32))
     with pytest.raises(BadImage, match=reason):

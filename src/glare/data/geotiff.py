@@ -20,11 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from glare.data.label_files import means_nothing
 from glare.data.opening import MAX_PIXELS
 from glare.errors import UserError, first_line
 from glare.paths import kind_of
 
-SUFFIXES = (".tif", ".tiff")
 EXTRA = "pip install 'glare-ssl[geotiff]'"
 SPOTS, SPOT_PX = 16, 64
 PERCENTILES = (2, 98)
@@ -118,7 +118,8 @@ class Raster:
     """A GeoTIFF as RGB: sides in px, how many bands of which type it has, and which of them, from 1, are RGB.
 
     ``black`` and ``white`` (3,) are the values that become 0 and 255, None where values stay as they are.
-    ``masked``: some pixels may have no data.
+    ``masked``: the file says of some pixels that they have no data. ``picture`` (height, width): what a model is
+    measured on, the whole or its windows.
     """
 
     file: Path
@@ -131,6 +132,7 @@ class Raster:
     masked: bool
     black: NDArray[np.float64] | None = None
     white: NDArray[np.float64] | None = None
+    picture: tuple[int, int] | None = None
 
     @property
     def whole(self) -> Box:
@@ -152,7 +154,8 @@ class Raster:
 
     def share_of_data(self, box: Box) -> float:
         """The share of pixels in a part that have data, 0 to 1, judged by its middle."""
-        return float(self._values(box.middle)[1].mean()) if self.masked else 1.0
+        may_lack = self.masked or self.dtype.startswith("float")
+        return float(self._values(box.middle)[1].mean()) if may_lack else 1.0
 
     def stretched(self) -> "Raster":
         """With black and white, from spots that are spread evenly."""
@@ -183,9 +186,9 @@ class Raster:
         with self.reader.opened(self.file) as dataset:
             window = rasterio().windows.Window(*box)
             values = dataset.read(self._own, window=window)
-            if not self.masked:
-                return values, np.ones(values.shape[1:], bool)
-            valid = (dataset.read_masks(self._own, window=window) > 0).any(axis=0)
+            valid = np.ones(values.shape[1:], bool)
+            if self.masked:
+                valid = (dataset.read_masks(self._own, window=window) > 0).any(axis=0)
         return values, valid & np.isfinite(values).any(axis=0) if values.dtype.kind == "f" else valid
 
     def _to_8_bit(self, band: int, values: NDArray[Any]) -> NDArray[np.uint8]:
@@ -202,12 +205,13 @@ def open_raster(file: Path, reader: Reader, *, bands: tuple[int, int, int] | Non
     """A GeoTIFF, of which the header, the first and the last pixel are read; it still has to be ``stretched``.
 
     ``bands``: which are red, green and blue; 1, 2, 3 by default, or the first as grey where there are fewer than 3.
-    Raises ValueError, which says why, for one that cannot be read.
+    Where they are given, a band that is declared as alpha is one like others, and no transparency. Raises
+    ValueError, which says why, for one that cannot be read.
     """
     with reader.opened(file) as dataset:
         colours = [colour.name for colour in dataset.colorinterp]
         opaque = len(colours) - colours.count("alpha")
-        bands = bands or ((1, 2, 3) if opaque >= 3 else (1, 1, 1))
+        given, bands = bands, bands or ((1, 2, 3) if opaque >= 3 else (1, 1, 1))
         if max(bands) > dataset.count:
             raise ValueError(f"it has {dataset.count} bands, raster.bands asks for {max(bands)}; give bands it has")
         if colours[bands[0] - 1] == "palette":
@@ -216,8 +220,8 @@ def open_raster(file: Path, reader: Reader, *, bands: tuple[int, int, int] | Non
             )
         dtype = str(dataset.dtypes[0])
         flags = {flag.name for band in bands for flag in dataset.mask_flag_enums[band - 1]}
-        as_colour = any(colours[band - 1] == "alpha" for band in bands)
-        masked = dtype.startswith("float") or not ("all_valid" in flags or ("alpha" in flags and as_colour))
+        no_alpha = given is not None or any(colours[band - 1] == "alpha" for band in bands)
+        masked = not ("all_valid" in flags or ("alpha" in flags and no_alpha))
         raster = Raster(file, reader, dataset.width, dataset.height, dataset.count, dtype, bands, masked)
     for left, top in ((0, 0), (raster.width - 1, raster.height - 1)):
         raster._values(Box(left, top, 1, 1))
@@ -266,10 +270,13 @@ def _limits(values: NDArray[np.float64]) -> tuple[float, float]:
     return float(low), math.nextafter(float(low), math.inf)
 
 
-def read_indices(file: Path, reader: Reader, box: Box, whole: Box, *, ignore: int) -> NDArray[np.int64]:
+def read_classes(
+    file: Path, reader: Reader, box: Box, whole: Box, *, num_classes: int, ignore: int
+) -> NDArray[np.int64]:
     """Class indices (h, w) of a part of a label raster, ``ignore`` where it has no data.
 
-    ``whole``: of its image. Raises ValueError, which says why, where there are no such indices.
+    A nodata value that is the index of a class is that class. ``whole``: of its image. Raises ValueError, which says
+    why, where there are no such indices.
     """
     with reader.opened(file) as dataset:
         if dataset.count != 1 or np.dtype(dataset.dtypes[0]).kind not in "iu":
@@ -283,6 +290,10 @@ def read_indices(file: Path, reader: Reader, box: Box, whole: Box, *, ignore: in
             )
         window = rasterio().windows.Window(*box)
         values, valid = dataset.read(1, window=window), dataset.read_masks(1, window=window) > 0
+        by_value = any(flag.name == "nodata" for flag in dataset.mask_flag_enums[0])
+        nodata = dataset.nodata if by_value else None
+    if nodata is not None and not means_nothing(nodata, file, num_classes=num_classes, ignore=ignore):
+        valid = np.ones(values.shape, bool)
     return np.where(valid, values.astype(np.int64), ignore)
 
 

@@ -1,5 +1,8 @@
 """The values in a label's file, whatever its depth: one channel, the size of its image."""
 
+import logging
+import os
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -8,6 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glare.data.opening import open_picture, reason_of
+from glare.data.tiff_header import SUFFIXES, nodata_of
+from glare.paths import printable
+
+logger = logging.getLogger(__name__)
 
 GREY_STEPS = {"L;2": 85, "L;4": 17}
 """Pillow spreads grey PNGs of 2 and 4 bits to 0..255 by these factors."""
@@ -38,6 +45,35 @@ def read_indices(file: Path | BytesIO, name: str, size: tuple[int, int]) -> NDAr
         except Exception as error:
             raise _unreadable(name, error) from error
     return values // step if step > 1 else values.astype(np.int64)
+
+
+def read_classes(file: Path, size: tuple[int, int], *, num_classes: int, ignore: int) -> NDArray[Any]:
+    """As ``read_indices``, with ``ignore`` where a TIFF has its nodata value, if that ``means_nothing``."""
+    values = read_indices(file, printable(str(file)), size)
+    if file.suffix.lower() not in SUFFIXES:
+        return values
+    with open_picture(file) as label:
+        nodata = nodata_of(label)
+    if nodata is None or not means_nothing(nodata, file, num_classes=num_classes, ignore=ignore):
+        return values
+    return np.where(values == nodata, ignore, values)
+
+
+def means_nothing(nodata: float, file: Path, *, num_classes: int, ignore: int) -> bool:
+    """Whether the nodata value of a label's file is no index of a class; what is one is said once for its folder."""
+    if nodata == ignore or nodata not in range(num_classes):
+        return True
+    if os.environ.get("RANK", "0") == "0":
+        _say_class(file.parent, int(nodata))
+    return False
+
+
+@cache
+def _say_class(folder: Path, index: int) -> None:
+    logger.warning(
+        f"{printable(str(folder))}: the nodata value {index} of labels is the index of a class, whose pixels they "
+        "count as; only the ignore_index of classes.json is ignored"
+    )
 
 
 def _unreadable(name: str, error: Exception) -> ValueError:

@@ -16,7 +16,7 @@ from glare.crops import PackedImages
 from glare.data.archives import OTHER_NAMES, Part, open_part
 from glare.data.cache import PixelStore, Reading, check_short_side, packed_images, shrink
 from glare.data.catalog import check_unnamed, named, suggestion
-from glare.data.geotiff import SUFFIXES, Reader
+from glare.data.geotiff import Reader
 from glare.data.label_files import read_indices
 from glare.data.landcover import parse_landcover
 from glare.data.listing import image_names
@@ -284,8 +284,7 @@ def _read_label(
     """Class indices (h, w) with 255 for ``ignore``; ValueError says what is wrong with the file."""
     file = part.label_file(folder / "images", folder / "labels")
     name = printable(str(file))
-    is_raster = part.raster is not None and file.suffix.lower() in SUFFIXES and file.is_file()
-    values = part.read_indices(file, reader, ignore=ignore) if is_raster else read_indices(file, name, size)
+    values = part.read_classes(file, size, reader, num_classes=num_classes, ignore=ignore)
     ignored = values == ignore
     unknown = np.unique(values[~ignored & ((values < 0) | (values >= num_classes))])
     if unknown.size:

@@ -1,6 +1,7 @@
-"""The pictures of a folder, among which GeoTIFFs that Pillow cannot read are cut into windows.
+"""The pictures of a folder, among which rasters are cut into windows: GeoTIFFs that Pillow reads not at all, or badly.
 
-What Pillow reads is read by it, as ever, unless the user says how GeoTIFFs are to be read: then all TIFFs are rasters.
+Badly: it knows no nodata value, and scales numbers of more than 8 bits by the depth that a file may have. What it reads
+well is read by it, unless the user says how GeoTIFFs are to be read: then all TIFFs are rasters.
 """
 
 import logging
@@ -9,28 +10,22 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from glare import ranges
-from glare.data.geotiff import (
-    EXTRA,
-    SUFFIXES,
-    Box,
-    Raster,
-    Reader,
-    announced,
-    is_installed,
-    open_raster,
-    rasterio,
-    read_indices,
-)
+from glare.data import geotiff, label_files
+from glare.data.geotiff import EXTRA, Box, Raster, Reader, announced, is_installed, open_raster, rasterio
 from glare.data.opening import open_picture, reason_of
-from glare.paths import kind_of, printable
+from glare.data.tiff_header import SUFFIXES, TiffHeader, header_of
+from glare.data.transparency import looks_like_colour
+from glare.data.world_files import world_file_of
+from glare.paths import printable
 from glare.recipes import option
 
 logger = logging.getLogger(__name__)
@@ -40,14 +35,12 @@ TILE_PX, WHOLE = 1024, 0
 MIN_SHARE = 0.5  # of the middle of a window that has to have data
 MAX_WINDOWS = 100_000  # of one file; more than a header lies about than anybody has
 MOST_LINES = 10
-TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-SAMPLES_PER_PIXEL = 277
 WINDOW = re.compile(r"@\d+,\d+$")
 
 
 @dataclass(frozen=True)
 class RasterReading:
-    """How GeoTIFFs are read that Pillow cannot; where windows or bands are given, all TIFFs are read like this."""
+    """How GeoTIFFs are read that Pillow reads badly; where windows or bands are given, all TIFFs are read like this."""
 
     tile: int | None = option(None, "GeoTIFFs: largest side of the windows in px, 0 for none; 1024 where not given")
     bands: tuple[int, int, int] | None = option(None, "GeoTIFFs: bands for red, green and blue; 1,2,3 where not given")
@@ -57,8 +50,13 @@ class RasterReading:
 
     @property
     def asked(self) -> bool:
-        """Whether TIFFs are read like this that Pillow can read, too."""
+        """Whether TIFFs are read like this that Pillow reads well, too."""
         return bool(self.tile) or self.bands is not None
+
+
+@dataclass(frozen=True)
+class KeepingPlace(RasterReading):
+    """For what is written where a TIFF lies: of those that Pillow reads well, what lies somewhere is a raster, too."""
 
 
 AS_NEEDED = RasterReading()
@@ -90,19 +88,29 @@ class Part:
     def label_file(self, images: Path, labels: Path) -> Path:
         """The file of class indices of a picture of the folder ``images``, which need not be there.
 
-        A PNG of the same name, or a TIFF where there is one; of a picture that is cut, always a TIFF.
+        A PNG of the same name, or a TIFF where there is one; of a picture that is cut, first a TIFF.
         """
         name = labels / self.file.relative_to(images)
-        tiffs = [name.with_suffix(suffix) for suffix in SUFFIXES]
-        files = tiffs if self.cut else [name.with_suffix(".png"), *tiffs]
+        png, tiffs = name.with_suffix(".png"), [name.with_suffix(suffix) for suffix in SUFFIXES]
+        files = [*tiffs, png] if self.cut else [png, *tiffs]
         return next((file for file in files if file.is_file()), files[0])
 
-    def read_indices(self, file: Path, reader: Reader, *, ignore: int) -> NDArray[np.int64]:
-        """Class indices (h, w) of this part of a raster in its label ``file``; ValueError if there are none."""
+    def read_classes(
+        self, file: Path, size: tuple[int, int], reader: Reader, *, num_classes: int, ignore: int
+    ) -> NDArray[Any]:
+        """Class indices (h, w) of this picture of ``size`` (w, h) px in its label ``file``.
+
+        Raises ValueError, which says why, where there are no such indices.
+        """
+        read = partial(label_files.read_classes, file, num_classes=num_classes, ignore=ignore)
         if self.raster is None or self.box is None:
-            raise ValueError(f"{self.name} is no raster")
+            return read(size)
+        whole = self.raster.whole
+        if file.suffix.lower() not in SUFFIXES or not file.is_file():
+            left, top, width, height = self.box
+            return read((whole.width, whole.height))[top : top + height, left : left + width]
         try:
-            return read_indices(file, reader, self.box, self.raster.whole, ignore=ignore)
+            return geotiff.read_classes(file, reader, self.box, whole, num_classes=num_classes, ignore=ignore)
         except ValueError as error:
             raise ValueError(f"its label {printable(str(file))} cannot be used: {error}") from error
 
@@ -139,57 +147,97 @@ def list_parts(folder: Path, names: Sequence[str], reading: RasterReading = AS_N
     overlap; those of which the middle is mostly nodata are left out.
     """
     reader, parts, lines = Reader(), list[str | Part](), list[str]()
+    poor, lost, alpha = 0, 0, list[Path]()
     for name in names:
         shown, file = printable(name), folder / name
-        if not _is_raster(file, reading):
+        header = header_of(file)
+        placed = header is not None and isinstance(reading, KeepingPlace) and _is_placed(header, file)
+        if header is None or not _is_raster(header, reading, placed=placed):
             parts.append(name)
+            alpha += [file] * (header is not None and header.alpha)
+            poor += header is not None and header.plain and header.values
+            lost += placed
             continue
         if not is_installed():
             parts.append(Part(shown, file, reason=f"Pillow cannot read such a TIFF, rasterio can; {EXTRA}"))
             continue
         try:
-            raster = open_raster(file, reader, bands=reading.bands)
-            boxes = _grid(raster, reading.tile)
-            raster = raster.stretched()
-            kept = [box for box in boxes if raster.share_of_data(box) >= MIN_SHARE] if len(boxes) > 1 else boxes
-            if not kept:
-                raise ValueError("it is nodata nearly everywhere; remove it")
+            raster, boxes, kept = _windows(file, reader, reading)
+            raster = replace(raster, picture=_measured_on(raster, header, reading))
         except (ValueError, OSError, OverflowError) as error:
-            parts.append(Part(shown, file, reason=reason_of(error)))
+            only_place = placed and not reading.asked and header.whole and not header.values
+            parts.append(name if only_place else Part(shown, file, reason=reason_of(error)))
+            lost += only_place
             continue
+        alpha += [file] * (raster.count > 3 and reading.bands is None)
         lines.append(announced(raster, len(kept), len(boxes) - len(kept), name=shown))
         for box in kept:
             part = Part(shown, file, raster, box)
             parts.append(replace(part, name=f"{shown}@{box.left},{box.top}") if part.cut else part)
-    _say(lines)
+    _say(lines, _more_with_rasterio(poor) + _place_lost(lost) + _no_alpha(alpha[:MOST_LINES], reader))
     return Parts(folder, parts)
 
 
-def _is_raster(file: Path, reading: RasterReading) -> bool:
-    """Whether a file is a TIFF that Pillow reads not at all, or only the first band of."""
-    if file.suffix.lower() not in SUFFIXES or not _is_tiff(file):
-        return False
+def _is_placed(header: TiffHeader, file: Path) -> bool:
+    """Whether a TIFF, or a world file beside it, says where it lies."""
+    return header.placed or world_file_of(file) is not None
+
+
+def _is_raster(header: TiffHeader, reading: RasterReading, *, placed: bool) -> bool:
+    """Whether a TIFF is read by rasterio: Pillow reads it not at all, or badly, or its place is wanted."""
     if reading.asked:
         rasterio()
         return True
-    try:
-        with open_picture(file) as picture:
-            samples = getattr(picture, "tag_v2", {}).get(SAMPLES_PER_PIXEL, 1)
-            return bool(len(picture.getbands()) == 1 < samples)
-    except MemoryError:
-        raise
-    except Exception:  # Pillow's readers let almost any exception out on what they cannot read
-        return True
+    return not header.whole or (header.plain and (header.values or placed) and is_installed())
 
 
-def _is_tiff(file: Path) -> bool:
-    if kind_of(file) != "file":
-        return False
-    try:
-        with file.open("rb") as stream:
-            return stream.read(4) in TIFF
-    except OSError:
-        return False
+def _windows(file: Path, reader: Reader, reading: RasterReading) -> tuple[Raster, list[Box], list[Box]]:
+    """A raster, its windows, and those that are not mostly nodata; ValueError if it cannot be used."""
+    raster = open_raster(file, reader, bands=reading.bands)
+    boxes = _grid(raster, reading.tile)
+    raster = raster.stretched()
+    kept = [box for box in boxes if raster.share_of_data(box) >= MIN_SHARE] if len(boxes) > 1 else boxes
+    if not kept:
+        raise ValueError("it is nodata nearly everywhere; remove it")
+    return raster, boxes, kept
+
+
+def _measured_on(raster: Raster, header: TiffHeader, reading: RasterReading) -> tuple[int, int]:
+    """(height, width) of the pictures that a raster is to other jobs: the whole where Pillow reads it well."""
+    if header.whole and not header.values and not reading.asked:
+        return raster.height, raster.width
+    height, width = (math.ceil(side / math.ceil(side / TILE_PX)) for side in (raster.height, raster.width))
+    return height, width
+
+
+def _more_with_rasterio(count: int) -> list[str]:
+    """One line on TIFFs whose values or nodata Pillow takes wrongly."""
+    if not count:
+        return []
+    files = "1 TIFF has" if count == 1 else f"{count} TIFFs have"
+    return [f"{files} more than 8 bits or a nodata value, which rasterio reads better than Pillow; {EXTRA}"]
+
+
+def _place_lost(count: int) -> list[str]:
+    """One line on TIFFs of which the place is wanted and not kept."""
+    if not count:
+        return []
+    files = "1 TIFF says where it lies" if count == 1 else f"{count} TIFFs say where they lie"
+    why = "rasterio would show other pixels, or none; write grey or RGB in tiles" if is_installed() else EXTRA
+    return [f"{files}, which is not kept, as Pillow reads such files: {why}"]
+
+
+def _no_alpha(files: Sequence[Path], reader: Reader) -> list[str]:
+    """One line on the first of some files whose alpha band is none, for all that are like it."""
+    if not files or not is_installed():
+        return []
+    doubtful = next((file for file in files if looks_like_colour(file, reader)), None)
+    if doubtful is None:
+        return []
+    return [
+        f"{printable(doubtful.name)}: band 4 is taken as transparency, as the file declares it, though it varies like "
+        "a colour (near infrared?); raster.bands=1,2,3 takes all bands as colours, in all such files"
+    ]
 
 
 def _grid(raster: Raster, tile: int | None) -> list[Box]:
@@ -211,9 +259,9 @@ def _edges(length: int, count: int) -> list[tuple[int, int]]:
     return [(start, stop - start) for start, stop in pairwise(edges)]
 
 
-def _say(lines: list[str]) -> None:
-    """Announce rasters, once for all processes."""
+def _say(rasters: list[str], others: list[str]) -> None:
+    """Announce rasters, and whatever else there is to say of them, once for all processes."""
     if os.environ.get("RANK", "0") == "0":
-        more = [f"... and {len(lines) - MOST_LINES} more GeoTIFFs"] if len(lines) > MOST_LINES else []
-        for line in lines[:MOST_LINES] + more:
+        more = [f"... and {len(rasters) - MOST_LINES} more GeoTIFFs"] if len(rasters) > MOST_LINES else []
+        for line in rasters[:MOST_LINES] + more + others:
             logger.warning(line)
