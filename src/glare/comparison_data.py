@@ -5,14 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
+from glare.data.few_shot import drawn
 from glare.data.labelled import LabelledSet, default_split, open_labelled
 from glare.data.raster_windows import AS_NEEDED, RasterReading, file_of
 from glare.data.sources import matching
 from glare.errors import UserError, first_line
 from glare.paths import local_path
-from glare.runtime import seeded
 from glare.splits import Fold, group_of, k_fold, leave_one_group_out
 
 SPLITS = ("train", "val")
@@ -76,8 +74,7 @@ def sample(pool: Pool, count: int, *, seed: int) -> Pool:
     kept: list[int] = []
     for part in dict.fromkeys(pool.parts):
         own = [i for i, name in enumerate(pool.parts) if name == part]
-        order = torch.randperm(len(own), generator=seeded(seed, len(own)))
-        kept += [own[i] for i in order[:count].tolist()]
+        kept += [own[i] for i in drawn(len(own), seed=seed, num_images=min(count, len(own)))]
     return pool.subset(sorted(kept))
 
 

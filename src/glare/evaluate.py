@@ -82,16 +82,14 @@ def run(recipe: EvaluateRecipe) -> SegmentationScores:
     shared = trained_on(recipe.model, data, data=recipe.data, split=split)
     if shared:
         print(f"warning: the model was trained on {shared:,} of these {len(data):,} images: new ones would score lower")
-    sweep = sweep_for(model, recipe)
+    sweep, splitter = sweep_for(model, recipe), ScoreSplitter(data.classes) if recipe.split_scores else None
     with accelerator.autocast():
-        splitter = ScoreSplitter(data.classes) if recipe.split_scores else None
-        matrix, skipped = confusion(
-            model, data, range(len(data)), normalise=normalise, sweep=sweep, strict=recipe.strict, splitter=splitter
+        scores, skipped = evaluate(
+            model, data, normalise=normalise, sweep=sweep, strict=recipe.strict, splitter=splitter
         )
     num_images = len(data) - len(skipped)
     if not num_images:
         raise unusable(len(data), *skipped[0])
-    scores = SegmentationScores.from_confusion(matrix, data.classes)
     parts = splitter.result() if splitter else None
     print(table(scores, num_images=num_images, parts=parts, skipped=skipped))
     if recipe.json is not None:
@@ -109,9 +107,16 @@ def evaluate(
     normalise: Normalisation,
     sweep: Sweep | None = None,
     strict: bool = False,
+    splitter: ScoreSplitter | None = None,
 ) -> tuple[SegmentationScores, list[tuple[str, str]]]:
-    """Scores of a model in evaluation mode on all images, and (name, reason) of those that could not be read."""
-    matrix, skipped = confusion(model, data, range(len(data)), normalise=normalise, sweep=sweep, strict=strict)
+    """Scores of a model in evaluation mode on all images, and (name, reason) of those that could not be read.
+
+    A ``splitter`` is given each image.
+    """
+    everything = range(len(data))
+    matrix, skipped = confusion(
+        model, data, everything, normalise=normalise, sweep=sweep, strict=strict, splitter=splitter
+    )
     return SegmentationScores.from_confusion(matrix, data.classes), skipped
 
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from glare.crops import PackedImages, fits, subset
 from glare.data.cache import memory_budget, pack, skipped_lines
-from glare.data.catalog import named
 from glare.data.few_shot import drawn
 from glare.data.sources import Images, check_no_split, fit, open_source
 from glare.data.streaming import SHUFFLE_BUFFER, Stream
@@ -54,7 +53,7 @@ def list_images(recipe: Any) -> Images:
 def open_images(recipe: Any) -> Images | Table:
     """What a recipe trains on: a table that is streamed if that is wished for and possible, else `list_images`."""
     data, match, fraction = recipe.data, recipe.match, recipe.fraction
-    if named(data) is not None or not (recipe.streaming and streamable(data)):
+    if not (recipe.streaming and streamable(data)):
         return list_images(recipe)
     if match is not None:
         raise UserError(

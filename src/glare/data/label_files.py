@@ -1,8 +1,5 @@
 """The values in a label's file, whatever its depth: one channel, the size of its image."""
 
-import logging
-import os
-from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -10,11 +7,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from glare.data.notices import say_once
 from glare.data.opening import open_picture, reason_of
 from glare.data.tiff_header import SUFFIXES, nodata_of
 from glare.paths import printable
-
-logger = logging.getLogger(__name__)
 
 GREY_STEPS = {"L;2": 85, "L;4": 17}
 """Pillow spreads grey PNGs of 2 and 4 bits to 0..255 by these factors."""
@@ -63,17 +59,11 @@ def means_nothing(nodata: float, file: Path, *, num_classes: int, ignore: int) -
     """Whether the nodata value of a label's file is no index of a class; what is one is said once for its folder."""
     if nodata == ignore or nodata not in range(num_classes):
         return True
-    if os.environ.get("RANK", "0") == "0":
-        _say_class(file.parent, int(nodata))
-    return False
-
-
-@cache
-def _say_class(folder: Path, index: int) -> None:
-    logger.warning(
-        f"{printable(str(folder))}: the nodata value {index} of labels is the index of a class, whose pixels they "
-        "count as; only the ignore_index of classes.json is ignored"
+    say_once(
+        f"{printable(str(file.parent))}: the nodata value {int(nodata)} of labels is the index of a class, whose "
+        "pixels they count as; only the ignore_index of classes.json is ignored"
     )
+    return False
 
 
 def _unreadable(name: str, error: Exception) -> ValueError:

@@ -6,7 +6,6 @@ well is read by it, unless the user says how GeoTIFFs are to be read: then all T
 
 import logging
 import math
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from PIL import Image
 from glare import ranges
 from glare.data import geotiff, label_files
 from glare.data.geotiff import EXTRA, Box, Raster, Reader, announced, is_installed, open_raster, rasterio
+from glare.data.notices import say
 from glare.data.opening import open_picture, reason_of
 from glare.data.tiff_header import SUFFIXES, TiffHeader, header_of
 from glare.data.transparency import looks_like_colour
@@ -28,7 +28,6 @@ from glare.data.world_files import world_file_of
 from glare.paths import printable
 from glare.recipes import option
 
-logger = logging.getLogger(__name__)
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # its complaints are sentences of ours
 
 TILE_PX, WHOLE = 1024, 0
@@ -260,8 +259,7 @@ def _edges(length: int, count: int) -> list[tuple[int, int]]:
 
 
 def _say(rasters: list[str], others: list[str]) -> None:
-    """Announce rasters, and whatever else there is to say of them, once for all processes."""
-    if os.environ.get("RANK", "0") == "0":
-        more = [f"... and {len(rasters) - MOST_LINES} more GeoTIFFs"] if len(rasters) > MOST_LINES else []
-        for line in rasters[:MOST_LINES] + more + others:
-            logger.warning(line)
+    """Announce rasters, and whatever else there is to say of them."""
+    more = [f"... and {len(rasters) - MOST_LINES} more GeoTIFFs"] if len(rasters) > MOST_LINES else []
+    for line in rasters[:MOST_LINES] + more + others:
+        say(line)

@@ -11,6 +11,7 @@ import datasets
 from huggingface_hub import HfFileSystem, snapshot_download
 from PIL import Image
 
+from glare.data.catalog import named
 from glare.data.listing import LABELS, extension_of, image_names
 from glare.data.notices import say_once
 from glare.data.opening import check_archive, open_picture
@@ -124,7 +125,12 @@ def load_hub_split(hub_id: str, config: str | None, split: str) -> Any:
 
 
 def streamable(data: str) -> bool:
-    """Whether ``data`` names a table: an address, a file or folder of shards without images, or a Hub id."""
+    """Whether ``data`` names a table: an address, a file or folder of shards without images, or a Hub id.
+
+    A data set of the catalog is none, though its name may have the form of a Hub id.
+    """
+    if named(data) is not None:
+        return False
     path = local_path(data)
     kind = kind_of(path)
     if kind == "folder":

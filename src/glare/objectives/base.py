@@ -54,7 +54,7 @@ class Objective(nn.Module, ABC):
         return cls(vit.hidden_size, vit.num_attention_heads, settings)
 
     @classmethod
-    def derive(cls, derived: Mapping[str, Any], *, adapter: str) -> dict[str, Any]:  # noqa: ARG003
+    def derive(cls, derived: Mapping[str, Any], *, adapter: str) -> dict[str, Any]:  # noqa: ARG003 (for those that override it)
         """Recipe keys where the user gives none, from those that were ``derived`` for GLARE's adapters."""
         return dict(derived)
 
