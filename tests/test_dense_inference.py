@@ -8,6 +8,7 @@ import pytest
 import torch
 from labelled_samples import CLASSES
 from PIL import Image
+from tiny_models import varied_segmenter
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ViTConfig
 
@@ -45,12 +46,8 @@ class Pointwise(nn.Module):
 
 
 @pytest.fixture
-def model(make_vit_config: Any) -> PreTrainedModel:
-    config = GlareConfig(backbone_config=make_vit_config(), id2label=dict(enumerate(CLASSES)))
-    torch.manual_seed(0)
-    made = GlareForSemanticSegmentation(config)
-    torch.nn.init.normal_(made.head.classifier.weight, std=0.1)
-    return made.eval()
+def model() -> PreTrainedModel:
+    return varied_segmenter()
 
 
 @pytest.fixture

@@ -1,14 +1,14 @@
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from labelled_samples import CLASSES, COLOURS
+from labelled_samples import COLOURS
 from PIL import Image
+from tiny_models import varied_segmenter
 from transformers import PreTrainedModel
 
-from glare import GlareConfig, GlareForSemanticSegmentation, UserError
+from glare import UserError
 from glare.cli import main as glare_main
 from glare.dense_inference import patch_size, segment
 from glare.inference import PredictRecipe, free_stem, load_segmenter, palette, predict
@@ -18,13 +18,8 @@ NORMALISE = Normalisation()
 
 
 @pytest.fixture
-def model(make_vit_config: Any) -> PreTrainedModel:
-    config = GlareConfig(backbone_config=make_vit_config(), id2label=dict(enumerate(CLASSES)))
-    torch.manual_seed(0)
-    made = GlareForSemanticSegmentation(config)
-    torch.nn.init.normal_(made.head.classifier.weight, std=0.1)
-    made.config.palette = COLOURS.tolist()
-    return made.eval()
+def model() -> PreTrainedModel:
+    return varied_segmenter()
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from labelled_samples import CLASSES, COLOURS
 from PIL import Image
+from tiny_models import varied_segmenter
 from transformers import PreTrainedModel
 
 pytest.importorskip("rasterio", reason="the extra geotiff is not installed")
@@ -16,7 +16,7 @@ pytest.importorskip("rasterio", reason="the extra geotiff is not installed")
 import rasterio
 from raster_samples import CRS, TRANSFORM, noise, write_raster, write_scene
 
-from glare import GlareConfig, GlareForSemanticSegmentation, UserError, recipes
+from glare import UserError, recipes
 from glare.cli import main as glare_main
 from glare.data.geotiff import Raster, Reader, open_raster
 from glare.data.raster_windows import KeepingPlace
@@ -30,13 +30,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreference
 
 
 @pytest.fixture
-def model(make_vit_config: Any) -> PreTrainedModel:
-    config = GlareConfig(backbone_config=make_vit_config(), id2label=dict(enumerate(CLASSES)))
-    torch.manual_seed(0)
-    made = GlareForSemanticSegmentation(config)
-    torch.nn.init.normal_(made.head.classifier.weight, std=0.1)
-    made.config.palette = COLOURS.tolist()
-    return made.eval()
+def model() -> PreTrainedModel:
+    return varied_segmenter()
 
 
 @pytest.fixture

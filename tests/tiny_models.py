@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from labelled_samples import CLASSES, COLOURS
 from peft import LoraConfig, PeftConfig
 from torch import nn
 from transformers import (
@@ -16,7 +17,7 @@ from transformers import (
     ViTConfig,
 )
 
-from glare import GlareForSemanticSegmentation, GlareModel, UniAdapterConfig
+from glare import GlareConfig, GlareForSemanticSegmentation, GlareModel, UniAdapterConfig
 from glare.uniadapter import UniAdapterLayer, default_target_modules
 
 # configuration and the number of tokens before the patches
@@ -73,6 +74,16 @@ def adapted_model(vit: PreTrainedModel, kind: str = "uniadapter") -> GlareModel:
 def segmenter(vit: PreTrainedModel, kind: str = "uniadapter", **options: Any) -> GlareForSemanticSegmentation:
     torch.manual_seed(0)
     return GlareForSemanticSegmentation.from_model(adapted_model(vit, kind), **(FRESH_HEAD | options)).eval()
+
+
+def varied_segmenter() -> GlareForSemanticSegmentation:
+    """A random segmenter of ``CLASSES``, with weights so large that classes vary over an image."""
+    config = GlareConfig(backbone_config=tiny_config(), id2label=dict(enumerate(CLASSES)))
+    torch.manual_seed(0)
+    made = GlareForSemanticSegmentation(config)
+    torch.nn.init.normal_(made.head.classifier.weight, std=0.1)
+    made.config.palette = COLOURS.tolist()
+    return made.eval()
 
 
 def tokens(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
