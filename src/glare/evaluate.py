@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from glare import recipes
-from glare.data.labelled import LabelledSet, default_split, only_split, open_labelled
+from glare.data.labelled import LabelledSet, open_labelled, split_for
 from glare.data.raster_windows import RasterReading
 from glare.data.sources import BadImage
 from glare.dense_inference import Sweep, asked, logits, sweep_for
@@ -74,7 +74,7 @@ def run(recipe: EvaluateRecipe) -> SegmentationScores:
     """Evaluate, print the scores and write them where the recipe says."""
     accelerator = make_accelerator(device=recipe.device, precision=recipe.precision, report_to="none", output=Path())
     model, normalise = load_segmenter(recipe.model, device=accelerator.device)
-    split = recipe.split or default_split(recipe.data, "val") or only_split(recipe.data)
+    split = recipe.split or split_for(recipe.data, "val")
     data = open_labelled(recipe.data, split=split, match=recipe.match, raster=recipe.raster)
     check_classes(class_names(model), data.classes, model=recipe.model, data=recipe.data)
     if recipe.split is None and split is not None:

@@ -8,7 +8,7 @@ import torch
 
 from glare.data.catalog import named
 from glare.data.few_shot import drawn
-from glare.data.labelled import IGNORE_INDEX, LabelledSet, PackedLabelled, default_split, only_split, open_labelled
+from glare.data.labelled import IGNORE_INDEX, LabelledSet, PackedLabelled, open_labelled, split_for
 from glare.data.landcover import parse_landcover
 from glare.data.pets_study import STUDY_TEST, is_study
 from glare.data.sources import BadImage
@@ -57,14 +57,14 @@ def open_train(part: Any) -> LabelledSet:
 def train_split(part: Any) -> str | None:
     """The split to train on, None for images in no split."""
     split: str | None = part.train_split
-    return split or default_split(part.data, "train") or only_split(part.data)
+    return split or split_for(part.data, "train")
 
 
 def val_part(recipe: Any) -> tuple[str, str | None]:
     """Data and split to evaluate on."""
     data: str = recipe.val_data or recipe.data
     trained = train_split(recipe)
-    split: str | None = recipe.val_split or default_split(data, "val", train=trained) or only_split(data)
+    split: str | None = recipe.val_split or split_for(data, "val", train=trained)
     return data, trained if split is None and recipe.val_data is None else split
 
 

@@ -162,11 +162,9 @@ class Raster:
         if self.dtype == "uint8":
             return self
         kept: list[NDArray[Any]] = []
-        for top in _spread(self.height):
-            for left in _spread(self.width):
-                spot = Box(left, top, min(SPOT_PX, self.width - left), min(SPOT_PX, self.height - top))
-                values, valid = self._values(spot)
-                kept.append(values[:, valid])
+        for spot in spots(self.width, self.height, SPOTS):
+            values, valid = self._values(spot)
+            kept.append(values[:, valid])
         limits = [_limits(band) for band in np.concatenate(kept, axis=1).astype(np.float64)]
         black, white = np.array([limits[place] for place in self._places]).T
         return replace(self, black=black, white=white)
@@ -254,10 +252,18 @@ def _cache_for(dataset: Any) -> int:
     return int(min(max(CACHE_BYTES, row * (USUAL_ROWS + rows)), MOST_CACHE_BYTES))
 
 
-def _spread(length: int) -> list[int]:
-    """Where spots begin on an axis of ``length`` px: evenly, without gaps where there is no room for all."""
-    count = min(SPOTS, math.ceil(length / SPOT_PX))
-    return [max(0, (2 * i + 1) * length // (2 * count) - SPOT_PX // 2) for i in range(count)]
+def spots(width: int, height: int, per_axis: int) -> list[Box]:
+    """At most ``per_axis`` times ``per_axis`` parts of at most `SPOT_PX` square, spread evenly over a raster."""
+
+    def along(length: int) -> list[int]:
+        count = min(per_axis, math.ceil(length / SPOT_PX))
+        return [max(0, (2 * i + 1) * length // (2 * count) - SPOT_PX // 2) for i in range(count)]
+
+    return [
+        Box(left, top, min(SPOT_PX, width - left), min(SPOT_PX, height - top))
+        for top in along(height)
+        for left in along(width)
+    ]
 
 
 def _limits(values: NDArray[np.float64]) -> tuple[float, float]:

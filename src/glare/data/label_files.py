@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from glare.data.notices import say_once
 from glare.data.opening import open_picture, reason_of
-from glare.data.tiff_header import SUFFIXES, nodata_of
+from glare.data.tiff_header import nodata_of
 from glare.paths import printable
 
 GREY_STEPS = {"L;2": 85, "L;4": 17}
@@ -18,6 +18,19 @@ GREY_STEPS = {"L;2": 85, "L;4": 17}
 
 def read_indices(file: Path | BytesIO, name: str, size: tuple[int, int]) -> NDArray[Any]:
     """The values of a picture of one channel and this size; of a palette picture, the indices."""
+    return _read(file, name, size)[0]
+
+
+def read_classes(file: Path, size: tuple[int, int], *, num_classes: int, ignore: int) -> NDArray[Any]:
+    """As ``read_indices``, with ``ignore`` where a TIFF has its nodata value, if that ``means_nothing``."""
+    values, nodata = _read(file, printable(str(file)), size)
+    if nodata is None or not means_nothing(nodata, file, num_classes=num_classes, ignore=ignore):
+        return values
+    return np.where(values == nodata, ignore, values)
+
+
+def _read(file: Path | BytesIO, name: str, size: tuple[int, int]) -> tuple[NDArray[Any], float | None]:
+    """The values, and which of them a TIFF says is no data."""
     if isinstance(file, Path) and not file.is_file():
         raise ValueError(f"it has no label {name}; add that file or remove the image")
     try:
@@ -37,22 +50,11 @@ def read_indices(file: Path | BytesIO, name: str, size: tuple[int, int]) -> NDAr
             )
         try:
             step = GREY_STEPS.get(str(label.tile[0].args), 1) if label.tile else 1
+            nodata = nodata_of(label)
             values = np.asarray(label)
         except Exception as error:
             raise _unreadable(name, error) from error
-    return values // step if step > 1 else values.astype(np.int64)
-
-
-def read_classes(file: Path, size: tuple[int, int], *, num_classes: int, ignore: int) -> NDArray[Any]:
-    """As ``read_indices``, with ``ignore`` where a TIFF has its nodata value, if that ``means_nothing``."""
-    values = read_indices(file, printable(str(file)), size)
-    if file.suffix.lower() not in SUFFIXES:
-        return values
-    with open_picture(file) as label:
-        nodata = nodata_of(label)
-    if nodata is None or not means_nothing(nodata, file, num_classes=num_classes, ignore=ignore):
-        return values
-    return np.where(values == nodata, ignore, values)
+    return values // step if step > 1 else values.astype(np.int64), nodata
 
 
 def means_nothing(nodata: float, file: Path, *, num_classes: int, ignore: int) -> bool:

@@ -23,7 +23,7 @@ from glare.data.listing import image_names
 from glare.data.opening import open_picture
 from glare.data.raster_windows import AS_NEEDED, RasterReading, list_parts
 from glare.data.raster_windows import Part as Picture
-from glare.data.sources import BadImage, Images, folder_images, matching
+from glare.data.sources import BadImage, Images, folder_images, matching, splits
 from glare.errors import UserError, shortened
 from glare.paths import kind_of, local_path, printable
 
@@ -134,13 +134,14 @@ def default_split(data: str, purpose: str, *, train: str | None = None) -> str |
     return next((name for name in usual if (folder / name / "images").is_dir()), None)
 
 
-def only_split(data: str) -> str | None:
-    """The split of a labelled folder that holds all its images; None where there are others or none, or no folder."""
+def split_for(data: str, purpose: str, *, train: str | None = None) -> str | None:
+    """As `default_split`, but in a folder whose images all lie in one split that one, whatever its name."""
+    usual = default_split(data, purpose, train=train)
     folder = local_path(data)
-    if named(data) is not None or kind_of(folder) != "folder" or (folder / "images").is_dir():
-        return None
-    splits = [path.parent.name for path in folder.glob("*/images/")]
-    return splits[0] if len(splits) == 1 else None
+    if usual is not None or named(data) is not None or kind_of(folder) != "folder" or (folder / "images").is_dir():
+        return usual
+    found = splits(folder)
+    return found[0] if len(found) == 1 else None
 
 
 def pack_labelled(
@@ -241,22 +242,19 @@ def _split_folder(data: Path, split: str | None) -> Path:
         raise UserError(f"labelled data {str(data)!r} is not a folder{suggestion(str(data))}; {LAYOUT}")
     if not (data / "classes.json").is_file():
         check_unnamed(data, otherwise=f"arrange it so that {LAYOUT}")
-    try:
-        splits = sorted(folder.name for folder in data.iterdir() if (folder / "images").is_dir())
-    except OSError as error:
-        raise UserError(f"labelled data {str(data)!r} cannot be listed ({error.strerror}); make it readable") from None
+    found = splits(data)
     if split is not None:
-        if split not in splits:
-            others = f"it has {', '.join(splits)}" if splits else "leave split out"
+        if split not in found:
+            others = f"it has {', '.join(found)}" if found else "leave split out"
             raise UserError(f"labelled data {str(data)!r} has no split {split!r}; {others} ({LAYOUT})")
         return data / split
     if (data / "images").is_dir():
         return data
-    if len(splits) > 1:
-        raise UserError(f"labelled data {str(data)!r} has several splits; choose one of {', '.join(splits)}")
-    if not splits:
+    if len(found) > 1:
+        raise UserError(f"labelled data {str(data)!r} has several splits; choose one of {', '.join(found)}")
+    if not found:
         raise UserError(f"labelled data {str(data)!r} has no folder of images; {LAYOUT}")
-    return data / splits[0]
+    return data / found[0]
 
 
 def _folder(folder: Path, raster: RasterReading) -> LabelledSet:

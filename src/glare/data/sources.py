@@ -158,11 +158,19 @@ def split_folder(folder: Path, split: str | None) -> Path:
     """The sub-folder of a split, the folder itself for None. Raises UserError where there is no such split."""
     if split is None:
         return folder
-    splits = sorted(images.parent.name for images in folder.glob("*/images") if images.is_dir())
-    if split not in splits:
-        others = f"it has {', '.join(splits)}" if splits else "leave split out"
+    found = splits(folder)
+    if split not in found:
+        others = f"it has {', '.join(found)}" if found else "leave split out"
         raise UserError(f"folder {str(folder)!r} has no split {split!r}, which would be {split}/images; {others}")
     return folder / split
+
+
+def splits(folder: Path) -> list[str]:
+    """Names of the sub-folders that hold ``images``, sorted. Raises UserError for a folder that cannot be listed."""
+    try:
+        return sorted(part.name for part in folder.iterdir() if (part / "images").is_dir())
+    except OSError as error:
+        raise UserError(f"folder {str(folder)!r} cannot be listed ({error.strerror}); make it readable") from None
 
 
 def check_no_split(data: str, split: str | None) -> None:
