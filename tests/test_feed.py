@@ -89,7 +89,7 @@ def test_a_fraction_is_the_same_images_cached_and_streamed(inputs: Path, tmp_pat
         ({"steps": 2, "fraction": 0.5}, "nobody has counted the images of the table"),
         ({}, "is not known before it is streamed; give --steps"),
         ({"steps": 2, "match": "a*"}, "match 'a*' chooses files, and"),
-        ({"steps": 2, "split": "val"}, "has no splits to choose from, 'val' was asked for; leave split out"),
+        ({"steps": 2, "split": "val"}, "has no split 'val'; it has train"),
     ],
 )
 def test_mistakes_with_streamed_tables(

@@ -42,7 +42,7 @@ class PredictRecipe:
     model: str = required("run folder of glare finetune, its model folder, or a Hub id")
     output: Path = required("new folder for the pictures")
     images: tuple[str, ...] = required("images, folders of them, or of the catalog (loveda:FOLDER)", positional=True)
-    split: str | None = option(None, "sub-folder of a folder or split of the catalog; all of a folder, else val")
+    split: str | None = option(None, "sub-folder of a folder, or split of other data; all of a folder, else val")
     window: int | None = option(None, "side in px of sliding windows; by default only above 1536 px, of 1024 px")
     stride: int | None = option(None, "distance of sliding windows in px; two thirds of the window by default")
     test_scale: tuple[int, int] | None = option(None, "bring images to fit these two sides in px first, as 2048,512")

@@ -357,7 +357,7 @@ def test_a_split_that_is_not_there(tmp_path: Path) -> None:
         (str(tmp_path / "folder" / "train"), "val", "has no split 'val', which would be val/images; leave split out"),
         (str(image), "val", "has no splits to choose from, 'val' was asked for; leave split out"),
         ("landcover:arid:3", "val", "has no splits to choose from"),
-        ("owner/name", "val", "has no splits to choose from"),
+        ("owner/name", "val", "neither an existing path nor a loadable Hub data set"),
     ):
         with pytest.raises(UserError, match=message):
             open_source(data, split=split)

@@ -204,6 +204,20 @@ def test_tar_shards_are_streamed(tmp_path: Path) -> None:
     assert sorted(numbers(batches, 1)[0]) == list(range(8))
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_split_of_a_table_is_chosen_by_name(streaming: bool, tmp_path: Path) -> None:
+    write_shards(tmp_path / "shards", files=2, count=5)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "shards/0.parquet").rename(tmp_path / "data/train-0.parquet")
+    (tmp_path / "shards/1.parquet").rename(tmp_path / "data/validation-0.parquet")
+    for split, expected in ((None, [0, 2, 4]), ("train", [0, 2, 4]), ("validation", [1, 3])):
+        table = open_table(str(tmp_path / "data"), split=split, streaming=streaming)
+        assert [table.open(row).getpixel((0, 0))[0] for row in table.rows] == expected  # type: ignore[index]
+    assert len(open_source(str(tmp_path / "data"), split="validation")) == 2
+    with pytest.raises(UserError, match="has no split 'val'; it has train, validation"):
+        open_table(str(tmp_path / "data"), split="val", streaming=streaming)
+
+
 def test_memory_holds_a_buffer_of_rows(tmp_path: Path) -> None:
     """Rows read before the first share: the buffer, the shares ahead, and what datasets fetches at a time."""
     opened: list[int] = []

@@ -119,10 +119,11 @@ def open_source(
 
     Args:
         data: a folder (of any depth; of one with ``images`` and ``labels`` side by side only ``images``), an
-            image, a parquet file or tar shard, a folder or address of them, a data set of the Hub as ``owner/name``
-            (its ``train`` split, or the largest if there is none), or ``landcover:<domain>[:count[:seed]]``.
-        split: sub-folder of a folder with ``<split>/images``, or train, val or test of the catalog's; None takes all
-            images of a folder, and train of the catalog's.
+            image, a parquet file or tar shard, a folder or address of them, a data set of the Hub as ``owner/name``,
+            or ``landcover:<domain>[:count[:seed]]``.
+        split: sub-folder of a folder with ``<split>/images``, train, val or test of the catalog's, or a split that
+            `datasets` finds in a table or on the Hub; None takes all images of a folder, else train, or the largest
+            split of a table without train.
         match: globs on file stems, comma-separated, a leading ``!`` excludes: ``tile[134]_*,!tile1_003``.
         raster: how the GeoTIFFs of folders are read.
 
@@ -132,10 +133,9 @@ def open_source(
     path = local_path(data)
     kind = kind_of(path) if data else None
     if kind == "folder":
-        images = _open_folder(split_folder(path, split), raster)
+        images = _open_folder(path, split, raster)
     elif kind == "file":
-        check_no_split(data, split)
-        images = _open_file(path, raster)
+        images = _open_file(path, split, raster)
     elif data.partition(":")[0] == "landcover":
         check_no_split(data, split)
         scenes = parse_landcover(data)
@@ -144,8 +144,7 @@ def open_source(
         part = open_part(wanted, split or wanted.entry.split("train"), labelled=False)
         images = Images(part.names, lambda index: open_picture(part.image(index)))
     elif HUB_ID.fullmatch(data) or data.startswith(REMOTE):
-        check_no_split(data, split)
-        images = table_images(data)
+        images = table_images(data, split)
     else:
         raise UserError(
             f"data {data!r} is neither an existing path nor a Hub id (owner/name) nor landcover:<domain>"
@@ -178,7 +177,7 @@ def check_no_split(data: str, split: str | None) -> None:
     if split is not None:
         raise UserError(
             f"data {data!r} has no splits to choose from, {split!r} was asked for; leave split out (only data sets of "
-            "the catalog and folders with <split>/images have them)"
+            "the catalog and the Hub, tables, and folders with <split>/images have them)"
         )
 
 
@@ -300,28 +299,32 @@ def folder_images(parts: Parts) -> Images:
     return Images(parts.names(), lambda index: parts[index].open_image(), parts)
 
 
-def table_images(data: str) -> Images:
+def table_images(data: str, split: str | None) -> Images:
     """The images of the table that ``data`` names (see `open_table`), by the number of their row."""
-    table = open_table(data)
+    table = open_table(data, split=split)
     return Images([f"{index:06d}" for index in range(len(table.rows))], lambda index: table.open(table.rows[index]))
 
 
-def _open_folder(folder: Path, raster: RasterReading) -> Images:
-    check_unnamed(folder, otherwise="the folder of its images alone")
-    if names := image_names(folder):
-        return folder_images(list_parts(folder, names, raster))
-    if has_shards(folder):
-        return table_images(str(folder))
+def _open_folder(folder: Path, split: str | None, raster: RasterReading) -> Images:
+    if split is not None and not splits(folder) and has_shards(folder):
+        return table_images(str(folder), split)
+    part = split_folder(folder, split)
+    check_unnamed(part, otherwise="the folder of its images alone")
+    if names := image_names(part):
+        return folder_images(list_parts(part, names, raster))
+    if has_shards(part):
+        return table_images(str(part), None)
     raise UserError(
-        f"folder {str(folder)!r} holds no images ({', '.join(EXTENSIONS)}) and no parquet or tar files; "
+        f"folder {str(part)!r} holds no images ({', '.join(EXTENSIONS)}) and no parquet or tar files; "
         "give a folder that does"
     )
 
 
-def _open_file(file: Path, raster: RasterReading) -> Images:
+def _open_file(file: Path, split: str | None, raster: RasterReading) -> Images:
     extension = extension_of(file.name)
     if extension in SHARDS:
-        return table_images(str(file))
+        return table_images(str(file), split)
+    check_no_split(str(file), split)
     if extension in EXTENSIONS:
         return folder_images(list_parts(file.parent, [file.name], raster))
     allowed = ", ".join((*EXTENSIONS, *SHARDS))

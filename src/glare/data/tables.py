@@ -45,11 +45,12 @@ class Table:
         return open_picture(picture_file(row[self.column], self.folder))
 
 
-def open_table(data: str, *, streaming: bool = False) -> Table:
-    """The images of a parquet file, tar shard, folder or address of them, or Hub id: the train split or the largest.
+def open_table(data: str, *, split: str | None = None, streaming: bool = False) -> Table:
+    """The images of a parquet file, tar shard, folder or address of them, or Hub id.
 
-    ``streaming`` leaves them where they are; else what is remote is downloaded, and all is converted to memory-mapped
-    Arrow files. Raises UserError where there is no such table, or no image in it.
+    ``split`` is one of those that `datasets` finds there; None takes train, or the largest without it. ``streaming``
+    leaves them where they are; else what is remote is downloaded, and all is converted to memory-mapped Arrow files.
+    Raises UserError where there is no such table or split, or no image in it.
     """
     builder, files = _builder(data)
     local = bool(files) and not data.startswith(REMOTE)
@@ -58,8 +59,10 @@ def open_table(data: str, *, streaming: bool = False) -> Table:
             for file in filter(Path.is_file, [local_path(data), *sorted(local_path(data).rglob("*"))]):
                 check_archive(file)
         splits = datasets.load_dataset(builder, **({"streaming": True} if streaming else {}), **files)
-        rows = splits[_split(splits, streaming=streaming)]
+        rows = splits[_split(splits, split, data=data, streaming=streaming)]
         features = rows.features or {}
+    except UserError:
+        raise
     except Exception as error:  # no connection, no such data set, several configurations, a broken file, ...
         if files:
             raise UserError(
@@ -166,11 +169,13 @@ def _folder(data: str) -> Path:
     return path if path.is_dir() else path.parent
 
 
-def _split(splits: Any, *, streaming: bool) -> str:
-    """The train split, or the largest one; of a stream, whose sizes nobody knows, the first."""
-    if "train" in splits:
-        return "train"
+def _split(splits: Any, wanted: str | None, *, data: str, streaming: bool) -> str:
+    """The wanted split, else train, or the largest one; of a stream, whose sizes nobody knows, the first."""
     names: list[str] = list(splits)
+    if wanted is not None and wanted not in names:
+        raise UserError(f"data {data!r} has no split {wanted!r}; it has {', '.join(names)}")
+    if wanted is not None or "train" in names:
+        return wanted or "train"
     return names[0] if streaming else max(names, key=lambda name: len(splits[name]))
 
 
