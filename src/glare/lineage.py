@@ -117,13 +117,14 @@ def origin_of(kind: str, name: str, look_up: LookUp = offline) -> Origin:
         return Origin(entry.title, entry.hub.id if entry.hub and not wanted.place else None, entry.licence)
     if name.endswith(".json"):
         return Origin(RANDOM, None, licences.OURS)
-    if looks_like_hub_id(name):
-        card = look_up(kind, name)
+    hub_id = name.partition(":")[0] if kind == "dataset" else name  # a configuration after the colon
+    if looks_like_hub_id(hub_id) and not Path(name).exists():
+        card = look_up(kind, hub_id)
         if card is not None:
-            page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{name}"
+            page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{hub_id}"
             licence = licences.stated(card, page)
             family = licences.of_family(name) if kind == "model" else licences.UNKNOWN
-            return Origin(name, name, family if licence.id is None else licence)
+            return Origin(name, hub_id, family if licence.id is None else licence)
     return Origin(public_name(name), None, _local_licence(local_path(name)))
 
 

@@ -783,6 +783,8 @@ def test_licence_and_name_of_a_data_set_by_name(tmp_path: Path) -> None:
     assert hub.licence.non_commercial and hub.licence.metadata()["license"] == "other"
     assert origin_of("dataset", f"ade20k:{tmp_path}").hub_id is None
     assert origin_of("dataset", f"cityscapes:{tmp_path}").licence.non_commercial
+    configured = origin_of("dataset", "owner/name:winter")
+    assert (configured.name, configured.hub_id) == ("owner/name:winter", "owner/name")
     assert not origin_of("dataset", f"oxford_pets:{tmp_path}").licence.non_commercial
     assert origin_of("dataset", f"pascal_context:{tmp_path}").licence == licences.UNKNOWN
 

@@ -289,6 +289,31 @@ def test_hub_takes_train_or_else_the_largest_split(monkeypatch: pytest.MonkeyPat
     assert_pictures(open_source("owner/name"), 4)
 
 
+@pytest.mark.usefixtures("own_cache")
+def test_hub_configurations_and_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a data set as it lies on the Hub; what is asked for is read from a folder with its files."""
+    for configuration, split, seed in (("summer", "train", 1), ("winter", "train", 2), ("winter", "test", 3)):
+        table(seed).to_parquet(tmp_path / "files" / f"{configuration}-{split}.parquet")
+    lines = [f"- config_name: {name}\n  data_files: {name}-*.parquet" for name in ("summer", "winter")]
+    lines[1] = "- config_name: winter\n  data_files:\n" + "\n".join(
+        f"  - split: {split}\n    path: winter-{split}.parquet" for split in ("train", "test")
+    )
+    (tmp_path / "files/README.md").write_text("\n".join(["---", "configs:", *lines, "---\n"]))
+    load, places = datasets.load_dataset, {"owner/name": str(tmp_path / "files")}
+    monkeypatch.setattr(datasets, "load_dataset", lambda hub_id, **chosen: load(places[hub_id], **chosen))
+    assert_pictures(open_source("owner/name:summer"), 1)
+    assert_pictures(open_source("owner/name:winter"), 2)
+    assert_pictures(open_source("owner/name:winter", split="test"), 3)
+    with pytest.raises(
+        UserError, match="'owner/name' has configurations 'summer', 'winter'; give one as owner/name:NA"
+    ):
+        open_source("owner/name")
+    with pytest.raises(UserError, match=r"loadable Hub data set .*'spring' not found. Available: .'summer', 'winter'"):
+        open_source("owner/name:spring")
+    with pytest.raises(UserError, match="'owner/name:winter' has no split 'val'; it has train, test"):
+        open_source("owner/name:winter", split="val")
+
+
 def test_landcover_strings() -> None:
     source = open_source("landcover:arid:2:7")
     scenes = parse_landcover("landcover:arid:2:7")

@@ -30,7 +30,7 @@ from glare.data.tables import REMOTE, SHARDS, has_shards, open_table
 from glare.errors import UserError
 from glare.paths import kind_of, local_path
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?")  # a configuration after the colon
 BEHIND_TRANSPARENT = (124, 116, 104)  # ImageNet's mean colour: no-data areas normalise to about 0
 DEPTH_LIMITS = (255, 4095, 65535)  # white of 8, 12 and 16 bits
 STRIP_PIXELS = 2**20  # of a large picture that are converted at once
@@ -119,8 +119,8 @@ def open_source(
 
     Args:
         data: a folder (of any depth; of one with ``images`` and ``labels`` side by side only ``images``), an
-            image, a parquet file or tar shard, a folder or address of them, a data set of the Hub as ``owner/name``,
-            or ``landcover:<domain>[:count[:seed]]``.
+            image, a parquet file or tar shard, a folder or address of them, a data set of the Hub as ``owner/name`` or
+            ``owner/name:configuration``, or ``landcover:<domain>[:count[:seed]]``.
         split: sub-folder of a folder with ``<split>/images``, train, val or test of the catalog's, or a split that
             `datasets` finds in a table or on the Hub; None takes all images of a folder, else train, or the largest
             split of a table without train.

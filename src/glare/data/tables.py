@@ -24,6 +24,7 @@ SHARDS = {"parquet": "parquet", "tar": "webdataset"}
 
 REMOTE = ("https://", "http://", "hf://")
 HUB_FILE = "hf://datasets/"
+CONFIGURATIONS = re.compile(r"Please pick one among the available configs: \[(.*)\]")
 PARQUET = "refs/convert/parquet"
 """The branch with the tables that the Hub itself makes of a data set: <configuration>/<split>/*.parquet."""
 
@@ -46,28 +47,30 @@ class Table:
 
 
 def open_table(data: str, *, split: str | None = None, streaming: bool = False) -> Table:
-    """The images of a parquet file, tar shard, folder or address of them, or Hub id.
+    """The images of a parquet file, tar shard, folder or address of them, or Hub id (``owner/name[:configuration]``).
 
     ``split`` is one of those that `datasets` finds there; None takes train, or the largest without it. ``streaming``
     leaves them where they are; else what is remote is downloaded, and all is converted to memory-mapped Arrow files.
     Raises UserError where there is no such table or split, or no image in it.
     """
-    builder, files = _builder(data)
-    local = bool(files) and not data.startswith(REMOTE)
+    builder, where = _builder(data)
+    of_files, remote = builder in SHARDS.values(), data.startswith(REMOTE)
     try:
-        if local and builder == SHARDS["tar"]:
+        if builder == SHARDS["tar"] and not remote:
             for file in filter(Path.is_file, [local_path(data), *sorted(local_path(data).rglob("*"))]):
                 check_archive(file)
-        splits = datasets.load_dataset(builder, **({"streaming": True} if streaming else {}), **files)
+        splits = datasets.load_dataset(builder, **({"streaming": True} if streaming else {}), **where)
         rows = splits[_split(splits, split, data=data, streaming=streaming)]
         features = rows.features or {}
     except UserError:
         raise
     except Exception as error:  # no connection, no such data set, several configurations, a broken file, ...
-        if files:
+        if of_files:
             raise UserError(
                 f"data {data!r} cannot be read ({first_line(error)}); repair it or write it again"
             ) from error
+        if choice := CONFIGURATIONS.search(str(error)):
+            raise UserError(f"data set {data!r} has configurations {choice[1]}; give one as {data}:NAME") from error
         raise UserError(
             f"data {data!r} is neither an existing path nor a loadable Hub data set ({first_line(error)}); "
             "check the spelling and the connection"
@@ -75,9 +78,7 @@ def open_table(data: str, *, split: str | None = None, streaming: bool = False) 
     column = _image_column(features, data=data)
     if isinstance(features[column], datasets.Image):
         rows = rows.cast_column(column, datasets.Image(decode=False))
-    return Table(
-        rows.select_columns([column]), column, None if builder == data or data.startswith(REMOTE) else _folder(data)
-    )
+    return Table(rows.select_columns([column]), column, _folder(data) if of_files and not remote else None)
 
 
 def picture_columns(features: Any) -> list[str]:
@@ -140,7 +141,7 @@ def streamable(data: str) -> bool:
         return not image_names(path) and has_shards(path)
     if kind == "file":
         return extension_of(path.name) in SHARDS
-    return data.startswith(REMOTE) or is_repo_id(data)
+    return data.startswith(REMOTE) or is_repo_id(data.partition(":")[0])
 
 
 def has_shards(folder: Path) -> bool:
@@ -149,7 +150,7 @@ def has_shards(folder: Path) -> bool:
 
 
 def _builder(data: str) -> tuple[str, dict[str, str]]:
-    """The builder of `datasets` and its files; a Hub id is its own builder."""
+    """The builder of `datasets` and its files; a Hub id is its own builder, of one of its configurations."""
     if kind_of(local_path(data)) == "folder":
         for extension, builder in SHARDS.items():
             if next(local_path(data).rglob(f"*.{extension}"), None):
@@ -161,7 +162,8 @@ def _builder(data: str) -> tuple[str, dict[str, str]]:
         if extension not in SHARDS:
             raise UserError(f"data {data!r} is no table by its name; give one that ends in .parquet or .tar")
         return SHARDS[extension], {"data_files": data if remote else str(local_path(data))}
-    return data, {}
+    hub_id, _, configuration = data.partition(":")
+    return hub_id, {"name": configuration} if configuration else {}
 
 
 def _folder(data: str) -> Path:
