@@ -274,7 +274,7 @@ def bomb(kind: str, size: int) -> dict[str, bytes]:
     if kind == "zip":
         with zipfile.ZipFile(stream := io.BytesIO(), "w", zipfile.ZIP_DEFLATED) as archive:
             archive.writestr("a.npy", bytes(size))
-        files["y.dat"] = stream.getvalue()
+        files["y.tar"] = stream.getvalue()
     return files
 
 
@@ -295,7 +295,7 @@ def test_what_a_tar_unpacks_to_is_bounded(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(datasets, "load_dataset", None)
     with pytest.raises(UserError) as caught:
         open_source(str(tmp_path / "large"))
-    said = f"up to its member 'a.{kind}' x.tar unpacks to more than" if kind != "zip" else "y.dat is a zip file"
+    said = f"up to its member 'a.{kind}' x.tar unpacks to more than" if kind != "zip" else "y.tar is a zip file"
     assert f"cannot be read ({said}" in str(caught.value) and "\n" not in str(caught.value)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from glare.crops import PackedImages, fits, subset
 from glare.data.cache import memory_budget, pack, skipped_lines
 from glare.data.few_shot import drawn
-from glare.data.sources import Images, fit, open_source
+from glare.data.sources import Images, check_whole, fit, open_source
 from glare.data.streaming import SHUFFLE_BUFFER, Stream
 from glare.data.tables import Table, open_table, streamable
 from glare.errors import UserError
@@ -64,6 +64,7 @@ def open_images(recipe: Any) -> Images | Table:
             f"fraction is {fraction:g}, but nobody has counted the images of the table {data!r} that is streamed; "
             "leave --streaming out"
         )
+    check_whole(data, recipe.raster)
     return open_table(data, split=recipe.split, streaming=True)
 
 

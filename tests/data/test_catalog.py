@@ -675,7 +675,7 @@ def test_a_folder_of_parquet_files_of_the_user(tmp_path: Path) -> None:
     assert_rows(f"loveda:{tmp_path / 'tables'}", archive, "val")
     images = open_source(f"loveda:{tmp_path / 'tables'}")
     assert np.array_equal(np.asarray(images.read(1)), pixels(archive.paths("train")[1], len(archive.values)))
-    with pytest.raises(UserError, match="has no split 'val'; its tables have train"):
+    with pytest.raises(UserError, match="has no split 'val'; it has train"):
         (folder / "validation-00000-of-00001.parquet").unlink()
         open_labelled(f"loveda:{tmp_path / 'tables'}", split="val")
 

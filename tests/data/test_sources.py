@@ -281,12 +281,17 @@ def test_a_column_called_like_labels_is_not_the_images(
     assert f"its column 'jpg.png', not {label}" in caplog.text
 
 
-def test_hub_takes_train_or_else_the_largest_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    splits = {"test": table(1), "validation": table(2, 3)}
+def test_hub_takes_train_or_else_the_only_split(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    splits = {"test": table(1)}
     monkeypatch.setattr(datasets, "load_dataset", lambda _: datasets.DatasetDict(splits))
-    assert_pictures(open_source("owner/name"), 2, 3)
+    assert_pictures(open_source("owner/name"), 1)
+    splits["validation"] = table(2, 3)
+    assert_pictures(open_source("owner/name", split="val"), 2, 3)
+    with pytest.raises(UserError, match="'owner/name' has several splits; choose one by --split test, validation"):
+        open_source("owner/name")
     splits["train"] = table(4)
     assert_pictures(open_source("owner/name"), 4)
+    assert "its split 'train' is read; --split takes another one (test, validation)" in caplog.text
 
 
 @pytest.mark.usefixtures("own_cache")

@@ -204,18 +204,14 @@ def test_tar_shards_are_streamed(tmp_path: Path) -> None:
     assert sorted(numbers(batches, 1)[0]) == list(range(8))
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_a_split_of_a_table_is_chosen_by_name(streaming: bool, tmp_path: Path) -> None:
-    write_shards(tmp_path / "shards", files=2, count=5)
-    (tmp_path / "data").mkdir()
-    (tmp_path / "shards/0.parquet").rename(tmp_path / "data/train-0.parquet")
-    (tmp_path / "shards/1.parquet").rename(tmp_path / "data/validation-0.parquet")
-    for split, expected in ((None, [0, 2, 4]), ("train", [0, 2, 4]), ("validation", [1, 3])):
-        table = open_table(str(tmp_path / "data"), split=split, streaming=streaming)
-        assert [table.open(row).getpixel((0, 0))[0] for row in table.rows] == expected  # type: ignore[index]
-    assert len(open_source(str(tmp_path / "data"), split="validation")) == 2
-    with pytest.raises(UserError, match="has no split 'val'; it has train, validation"):
-        open_table(str(tmp_path / "data"), split="val", streaming=streaming)
+def test_a_pass_over_a_small_table_does_not_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """datasets sleeps at the end of each pass over shards that it reads at the same time."""
+    monkeypatch.setattr(streaming, "SHUFFLE_BUFFER", COUNT)
+    monkeypatch.setattr(datasets.iterable_dataset.time, "sleep", lambda _: pytest.fail("slept"))
+    for files in (1, 4):
+        batches = stream(write_shards(tmp_path / str(files), files=files)).batches()
+        assert len(numbers(batches, 3 * COUNT // 8)) == 3 * COUNT // 8
+        batches.close()
 
 
 def test_memory_holds_a_buffer_of_rows(tmp_path: Path) -> None:
@@ -223,7 +219,7 @@ def test_memory_holds_a_buffer_of_rows(tmp_path: Path) -> None:
     opened: list[int] = []
     table = open_table(write_shards(tmp_path / "data", files=1, count=200), streaming=True)
     rows = table.rows.map(lambda row, index: opened.append(index) or row, with_indices=True)
-    changed = streaming.Table(rows, table.column, table.folder)
+    changed = streaming.Table(rows, table.column, table.folder, table.count)
     batches = Stream("data", changed, None, batch_size=4, rank=0, world=1, seed=0, workers=1).batches()
     next(batches)
     batches.close()

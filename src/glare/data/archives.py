@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from glob import escape
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,13 @@ from glare.data.catalog import ALL, Entry, HubCopy, Named
 from glare.data.layouts import LabelValues, Layout
 from glare.data.notices import say_once
 from glare.data.pets_study import BUDGETS, PREFIX, is_study, study_split
-from glare.data.tables import load_hub_split, picture_columns, picture_file, undecoded
+from glare.data.shards import check_shards, choose_split, find_shards, has_shards
+from glare.data.tables import load_files, load_hub_split, picture_columns, picture_file, undecoded
 from glare.errors import UserError, first_line
 from glare.model_names import is_repo_id
 from glare.paths import kind_of, local_path, printable
 
 LABEL_COLUMNS = ("label", "annotation", "mask", "segmentation", "labels", "masks", "trimap")
-OTHER_NAMES = {"train": ("train", "training"), "val": ("val", "validation", "valid", "dev"), "test": ("test",)}
-"""Split -> what tables may call it."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def _open(wanted: Named, split: str, *, labelled: bool) -> Part:
             root = layout.root(folder, ALL if is_study(split) else split)
             if root is not None:
                 return _archive(entry, layout, root, split, labelled=labelled)
-        if next(folder.rglob("*.parquet"), None) is not None:
+        if has_shards(folder):
             return _tables(wanted, folder, split, labelled=labelled)
         raise _misplaced(entry, place, split)
     if "/" in place and is_repo_id(place) and kind_of(folder) is None:
@@ -163,24 +163,21 @@ def _any_hub(wanted: Named, hub_id: str, split: str, *, labelled: bool) -> Part:
             f"data {str(wanted)!r} names {hub_id!r}, neither a folder nor a loadable Hub data set "
             f"({first_line(error)}); check the spelling and the connection"
         ) from error
-    return _chosen(wanted, splits, split, labelled=labelled, folder=None)
+    rows = splits[choose_split(splits, split, data=str(wanted))]
+    return _chosen(wanted, rows, split, labelled=labelled, folder=None)
 
 
 def _tables(wanted: Named, folder: Path, split: str, *, labelled: bool) -> Part:
     """Parquet files, whose names tell their splits."""
-    try:
-        splits = datasets.load_dataset("parquet", data_dir=str(folder))
-    except Exception as error:  # broken files, files of different columns, ...
-        raise UserError(f"{str(folder)!r} cannot be read ({first_line(error)}); repair or write it again") from error
-    return _chosen(wanted, splits, split, labelled=labelled, folder=folder)
+    builder, shards = find_shards(folder)
+    files = shards[choose_split(shards, split, data=str(wanted))]
+    check_shards(files)
+    rows = load_files(builder, [escape(str(file)) for file in files], data=str(folder))
+    return _chosen(wanted, rows, split, labelled=labelled, folder=folder)
 
 
-def _chosen(wanted: Named, splits: Any, split: str, *, labelled: bool, folder: Path | None) -> Part:
-    """A split of tables and its columns, by their usual names."""
-    name = next((name for name in OTHER_NAMES.get(split, ()) if name in splits), None)
-    if name is None:
-        raise UserError(f"{wanted} has no split {split!r}; its tables have {', '.join(splits)}")
-    rows = splits[name]
+def _chosen(wanted: Named, rows: Any, split: str, *, labelled: bool, folder: Path | None) -> Part:
+    """The columns of a table, by their usual names."""
     columns = picture_columns(rows.features)
     label = next((name for name in LABEL_COLUMNS if name in columns), None)
     image = "image" if "image" in columns else next((name for name in columns if name != label), None)
@@ -191,7 +188,7 @@ def _chosen(wanted: Named, splits: Any, split: str, *, labelled: bool, folder: P
             f"{wanted} has no column of {'labels' if image else 'images'} among {', '.join(rows.features)}; give "
             f"tables with the pictures 'image' and 'label' (or {', '.join(LABEL_COLUMNS[1:])})"
         )
-    return _rows(wanted, rows, image, label if labelled else None, folder=folder, split=name)
+    return _rows(wanted, rows, image, label if labelled else None, folder=folder, split=split)
 
 
 def _rows(wanted: Named, rows: Any, image: str, label: str | None, *, folder: Path | None, split: str) -> Part:

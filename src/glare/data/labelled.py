@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from glare.crops import PackedImages
-from glare.data.archives import OTHER_NAMES, Part, open_part
+from glare.data.archives import Part, open_part
 from glare.data.cache import PixelStore, Reading, check_short_side, packed_images, shrink
 from glare.data.catalog import check_unnamed, named, suggestion
 from glare.data.geotiff import Reader
@@ -23,6 +23,7 @@ from glare.data.listing import image_names
 from glare.data.opening import open_picture
 from glare.data.raster_windows import AS_NEEDED, RasterReading, list_parts
 from glare.data.raster_windows import Part as Picture
+from glare.data.shards import SPLIT_NAMES
 from glare.data.sources import BadImage, Images, folder_images, matching, splits
 from glare.errors import UserError, shortened
 from glare.paths import kind_of, local_path, printable
@@ -128,9 +129,9 @@ def default_split(data: str, purpose: str, *, train: str | None = None) -> str |
     if wanted is not None:
         return wanted.entry.split(purpose, train=train)
     folder = local_path(data)
-    usual = OTHER_NAMES["train" if purpose == "train" else "val"]
+    usual = SPLIT_NAMES["train" if purpose == "train" else "val"]
     if purpose != "train" and not (folder / "images").is_dir():
-        usual += OTHER_NAMES["test"]
+        usual += SPLIT_NAMES["test"]
     return next((name for name in usual if (folder / name / "images").is_dir()), None)
 
 

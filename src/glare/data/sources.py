@@ -26,7 +26,8 @@ from glare.data.listing import natural as natural
 from glare.data.opening import open_picture, reason_of
 from glare.data.raster_windows import AS_NEEDED, Parts, list_parts
 from glare.data.raster_windows import RasterReading as RasterReading
-from glare.data.tables import REMOTE, SHARDS, has_shards, open_table
+from glare.data.shards import SHARDS, has_shards
+from glare.data.tables import REMOTE, open_table
 from glare.errors import UserError
 from glare.paths import kind_of, local_path
 
@@ -144,7 +145,7 @@ def open_source(
         part = open_part(wanted, split or wanted.entry.split("train"), labelled=False)
         images = Images(part.names, lambda index: open_picture(part.image(index)))
     elif HUB_ID.fullmatch(data) or data.startswith(REMOTE):
-        images = table_images(data, split)
+        images = table_images(data, split, raster)
     else:
         raise UserError(
             f"data {data!r} is neither an existing path nor a Hub id (owner/name) nor landcover:<domain>"
@@ -299,21 +300,31 @@ def folder_images(parts: Parts) -> Images:
     return Images(parts.names(), lambda index: parts[index].open_image(), parts)
 
 
-def table_images(data: str, split: str | None) -> Images:
+def table_images(data: str, split: str | None, raster: RasterReading) -> Images:
     """The images of the table that ``data`` names (see `open_table`), by the number of their row."""
+    check_whole(data, raster)
     table = open_table(data, split=split)
     return Images([f"{index:06d}" for index in range(len(table.rows))], lambda index: table.open(table.rows[index]))
 
 
+def check_whole(data: str, raster: RasterReading) -> None:
+    """Raise UserError where windows or bands are asked for of the pictures of a table."""
+    if raster.asked:
+        raise UserError(
+            f"data {data!r} is a table, whose pictures are read whole, but raster.tile or raster.bands is given; leave "
+            "that out, or give the GeoTIFFs as files of a folder"
+        )
+
+
 def _open_folder(folder: Path, split: str | None, raster: RasterReading) -> Images:
-    if split is not None and not splits(folder) and has_shards(folder):
-        return table_images(str(folder), split)
+    if split is not None and not splits(folder) and not image_names(folder) and has_shards(folder):
+        return table_images(str(folder), split, raster)
     part = split_folder(folder, split)
     check_unnamed(part, otherwise="the folder of its images alone")
     if names := image_names(part):
         return folder_images(list_parts(part, names, raster))
     if has_shards(part):
-        return table_images(str(part), None)
+        return table_images(str(part), None, raster)
     raise UserError(
         f"folder {str(part)!r} holds no images ({', '.join(EXTENSIONS)}) and no parquet or tar files; "
         "give a folder that does"
@@ -323,7 +334,7 @@ def _open_folder(folder: Path, split: str | None, raster: RasterReading) -> Imag
 def _open_file(file: Path, split: str | None, raster: RasterReading) -> Images:
     extension = extension_of(file.name)
     if extension in SHARDS:
-        return table_images(str(file), split)
+        return table_images(str(file), split, raster)
     check_no_split(str(file), split)
     if extension in EXTENSIONS:
         return folder_images(list_parts(file.parent, [file.name], raster))

@@ -30,6 +30,7 @@ from glare.runtime import epoch_batches
 logger = logging.getLogger(__name__)
 
 SHUFFLE_BUFFER = 1000  # rows of a table, still encoded
+MIXED_SHARDS = 10  # are read at the same time, unless the buffer holds all rows of the table
 BATCHES_AHEAD = 2  # are read and decoded while the device computes
 REPORTED = 10  # unreadable images that are named
 
@@ -97,7 +98,13 @@ class Stream:
     def _rows(self) -> Iterator[Read]:
         table = self.source
         assert isinstance(table, Table)
-        rows = enough_shards(table.rows, self.world, data=self.data).shuffle(seed=self.seed, buffer_size=SHUFFLE_BUFFER)
+        rows = enough_shards(table.rows, self.world, data=self.data)
+        alone = rows.num_shards <= self.world or (table.count or SHUFFLE_BUFFER + 1) <= SHUFFLE_BUFFER
+        rows = rows.shuffle(
+            seed=self.seed,
+            buffer_size=SHUFFLE_BUFFER,
+            max_buffer_input_shards=1 if alone else MIXED_SHARDS,  # each pass over several ends in 5 s of sleep
+        )
         rows = split_dataset_by_node(rows, rank=self.rank, world_size=self.world)
         for epoch in count():
             rows.set_epoch(epoch)

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from glob import escape
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,11 @@ from PIL import Image
 from glare.data.catalog import named
 from glare.data.listing import LABELS, extension_of, image_names
 from glare.data.notices import say_once
-from glare.data.opening import check_archive, open_picture
+from glare.data.opening import open_picture
+from glare.data.shards import SHARDS, check_shards, choose_split, find_shards, has_shards, split_of
 from glare.errors import UserError, first_line
 from glare.model_names import is_repo_id
 from glare.paths import kind_of, local_path
-
-SHARDS = {"parquet": "parquet", "tar": "webdataset"}
-"""File extension -> the builder of `datasets` that reads it."""
 
 REMOTE = ("https://", "http://", "hf://")
 HUB_FILE = "hf://datasets/"
@@ -33,52 +32,74 @@ PARQUET = "refs/convert/parquet"
 class Table:
     """Rows that have a column of encoded images, and no other.
 
-    ``rows`` is a Dataset, or an IterableDataset that is read as it comes. Images that lie in files beside the table lie
-    in ``folder``; None for a table of the Hub.
+    ``rows`` is a Dataset, or an IterableDataset that is read as it comes, of ``count`` rows if that is known. Images
+    that lie in files beside the table lie in ``folder``; None for a table of the Hub.
     """
 
     rows: Any
     column: str
     folder: Path | None
+    count: int | None
 
     def open(self, row: Mapping[str, Any]) -> Image.Image:
         """The image of a row, not decoded yet. Raises ValueError without one, and whatever `open_picture` lets out."""
+        if row[self.column] is None:
+            raise ValueError(f"the row has no image in the column {self.column!r}, which is read of all rows")
         return open_picture(picture_file(row[self.column], self.folder))
 
 
 def open_table(data: str, *, split: str | None = None, streaming: bool = False) -> Table:
     """The images of a parquet file, tar shard, folder or address of them, or Hub id (``owner/name[:configuration]``).
 
-    ``split`` is one of those that `datasets` finds there; None takes train, or the largest without it. ``streaming``
-    leaves them where they are; else what is remote is downloaded, and all is converted to memory-mapped Arrow files.
-    Raises UserError where there is no such table or split, or no image in it.
+    ``split`` is one of the Hub's, or one that names of files tell (`find_shards`), by any usual name for it; None takes
+    train, or the only one. ``streaming`` leaves them where they are; else what is remote is downloaded, and all is
+    converted to memory-mapped Arrow files. Raises UserError where there is no such table or split, several splits
+    without train, or no image.
     """
-    builder, where = _builder(data)
-    of_files, remote = builder in SHARDS.values(), data.startswith(REMOTE)
+    path = local_path(data)
+    if data.startswith(REMOTE):
+        folder, count, rows = None, None, _open_address(data, split, streaming=streaming)
+    elif kind_of(path) is not None:
+        builder, shards = find_shards(path)
+        chosen = choose_split(shards, split, data=data)
+        folder, count = (path if path.is_dir() else path.parent), check_shards(shards[chosen])
+        rows = load_files(builder, [escape(str(file)) for file in shards[chosen]], data=data, streaming=streaming)
+    else:
+        folder, count, rows = None, None, _open_hub(data, split, streaming=streaming)
+    column = _image_column(rows.features or {}, data=data)
+    return Table(undecoded(rows, [column]), column, folder, count if streaming else len(rows))
+
+
+def load_files(builder: str, files: list[str], *, data: str, streaming: bool = False) -> Any:
+    """The rows of files (patterns) of one kind. Raises UserError where they cannot be read."""
     try:
-        if builder == SHARDS["tar"] and not remote:
-            for file in filter(Path.is_file, [local_path(data), *sorted(local_path(data).rglob("*"))]):
-                check_archive(file)
-        splits = datasets.load_dataset(builder, **({"streaming": True} if streaming else {}), **where)
-        rows = splits[_split(splits, split, data=data, streaming=streaming)]
-        features = rows.features or {}
-    except UserError:
-        raise
+        return datasets.load_dataset(builder, data_files={"train": files}, split="train", streaming=streaming)
+    except Exception as error:  # no connection, files of different columns, a broken file, ...
+        said = first_line(error.__cause__ or error)
+        raise UserError(f"data {data!r} cannot be read ({said}); repair it or write it again") from error
+
+
+def _open_address(data: str, split: str | None, *, streaming: bool) -> Any:
+    extension = extension_of(data)
+    if extension not in SHARDS:
+        raise UserError(f"data {data!r} is no table by its name; give one that ends in .parquet or .tar")
+    choose_split([split_of(data.rpartition("/")[2])], split, data=data)
+    return load_files(SHARDS[extension], [data], data=data, streaming=streaming)
+
+
+def _open_hub(data: str, split: str | None, *, streaming: bool) -> Any:
+    hub_id, _, configuration = data.partition(":")
+    chosen = {"name": configuration} if configuration else {}
+    try:
+        splits = datasets.load_dataset(hub_id, **chosen, **({"streaming": True} if streaming else {}))
     except Exception as error:  # no connection, no such data set, several configurations, a broken file, ...
-        if of_files:
-            raise UserError(
-                f"data {data!r} cannot be read ({first_line(error)}); repair it or write it again"
-            ) from error
         if choice := CONFIGURATIONS.search(str(error)):
             raise UserError(f"data set {data!r} has configurations {choice[1]}; give one as {data}:NAME") from error
         raise UserError(
             f"data {data!r} is neither an existing path nor a loadable Hub data set ({first_line(error)}); "
             "check the spelling and the connection"
         ) from error
-    column = _image_column(features, data=data)
-    if isinstance(features[column], datasets.Image):
-        rows = rows.cast_column(column, datasets.Image(decode=False))
-    return Table(rows.select_columns([column]), column, _folder(data) if of_files and not remote else None)
+    return splits[choose_split(splits, split, data=data)]
 
 
 def picture_columns(features: Any) -> list[str]:
@@ -142,43 +163,6 @@ def streamable(data: str) -> bool:
     if kind == "file":
         return extension_of(path.name) in SHARDS
     return data.startswith(REMOTE) or is_repo_id(data.partition(":")[0])
-
-
-def has_shards(folder: Path) -> bool:
-    """Whether there are parquet files or tar shards in a folder, at any depth."""
-    return any(next(folder.rglob(f"*.{extension}"), None) for extension in SHARDS)
-
-
-def _builder(data: str) -> tuple[str, dict[str, str]]:
-    """The builder of `datasets` and its files; a Hub id is its own builder, of one of its configurations."""
-    if kind_of(local_path(data)) == "folder":
-        for extension, builder in SHARDS.items():
-            if next(local_path(data).rglob(f"*.{extension}"), None):
-                return builder, {"data_dir": str(local_path(data))}
-        raise UserError(f"folder {data!r} holds no {' or '.join(SHARDS)} files; give one that does")
-    remote = data.startswith(REMOTE)
-    if remote or kind_of(local_path(data)) == "file":
-        extension = data.rpartition(".")[2].lower()
-        if extension not in SHARDS:
-            raise UserError(f"data {data!r} is no table by its name; give one that ends in .parquet or .tar")
-        return SHARDS[extension], {"data_files": data if remote else str(local_path(data))}
-    hub_id, _, configuration = data.partition(":")
-    return hub_id, {"name": configuration} if configuration else {}
-
-
-def _folder(data: str) -> Path:
-    path = local_path(data)
-    return path if path.is_dir() else path.parent
-
-
-def _split(splits: Any, wanted: str | None, *, data: str, streaming: bool) -> str:
-    """The wanted split, else train, or the largest one; of a stream, whose sizes nobody knows, the first."""
-    names: list[str] = list(splits)
-    if wanted is not None and wanted not in names:
-        raise UserError(f"data {data!r} has no split {wanted!r}; it has {', '.join(names)}")
-    if wanted is not None or "train" in names:
-        return wanted or "train"
-    return names[0] if streaming else max(names, key=lambda name: len(splits[name]))
 
 
 def _inside(folder: Path, name: str) -> Path:
