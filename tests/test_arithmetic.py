@@ -33,8 +33,9 @@ from glare.regions import RegionConfig, sample_regions
 from glare.runtime import Clock, make_accelerator, seeded
 from glare.student import Student, without_adapters
 from glare.teacher import make_teacher
-from glare.train_state import TrainState, parameter_groups
+from glare.train_state import TrainState
 from glare.views import Normalisation, ViewConfig, Views, make_views
+from glare.weight_decay import parameter_groups
 
 IMAGES = 2
 VIT_S = Shape(blocks=12, width=384, mlp_width=1536, heads=6, patch=16, prefix=1)

@@ -22,7 +22,8 @@ from glare.finetune import FinetuneRecipe, learning_rates
 from glare.finetune_data import open_data
 from glare.finetune_plan import Plan, make_plan
 from glare.inference import load_segmenter
-from glare.segmenters import decays, load_pretrained, parameter_groups, select_trained
+from glare.segmenters import load_pretrained, parameter_groups, select_trained
+from glare.weight_decay import decays
 
 ROOT = Path(__file__).parents[1]
 MakeVit = Callable[..., PreTrainedModel]

@@ -33,8 +33,9 @@ from glare.regions import RegionConfig
 from glare.runtime import Clock, make_accelerator, seeded
 from glare.student import Student
 from glare.teacher import averaged_parameters, make_teacher
-from glare.train_state import TrainState, parameter_groups
+from glare.train_state import TrainState
 from glare.views import Normalisation, ViewConfig, Views, make_views
+from glare.weight_decay import parameter_groups
 
 TEMPERATURE = 0.06
 SETTINGS = GlareSettings(prototypes=24, head_hidden=16, head_bottleneck=8, regions=RegionConfig(min_side=1, max_side=3))

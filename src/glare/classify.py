@@ -44,10 +44,11 @@ from glare.runtime import (
     seeded,
 )
 from glare.schedules import warmup_poly
-from glare.segmenters import SegmenterState, decays, image_processor, load_pretrained
+from glare.segmenters import SegmenterState, image_processor, load_pretrained
 from glare.shares import check_shares
 from glare.versions import versions
 from glare.views import Normalisation
+from glare.weight_decay import parameter_groups
 
 DROPOUT = 3  # a part of the seed of its generator
 EVALUATED = 64  # images in a pass
@@ -229,15 +230,6 @@ def describe(recipe: ClassifyRecipe, packed: Packed, classes: Sequence[str]) -> 
         f"{count} images of {len(classes)} classes ({', '.join(classes)}), {len(packed.skipped)} skipped\n"
         f"{steps} steps of {batch_size} crops of {size} px = {steps * batch_size / count:.1f} passes"
     )
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """What trains, in a group that decays and one that does not."""
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    return [
-        {"params": [p for name, p in trained if decays(name, p)], "weight_decay": weight_decay},
-        {"params": [p for name, p in trained if not decays(name, p)], "weight_decay": 0.0},
-    ]
 
 
 def train_step(

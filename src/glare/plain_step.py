@@ -36,8 +36,8 @@ from glare.objectives.glare import GlareObjective
 from glare.objectives.places import DIRECTIONS
 from glare.regions import Regions, sample_regions
 from glare.student import Student, without_adapters
-from glare.train_state import parameter_groups
 from glare.views import Views
+from glare.weight_decay import parameter_groups
 
 
 class PlainNetwork(nn.Module):

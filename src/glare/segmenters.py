@@ -19,6 +19,7 @@ from glare.model_names import Place, explained, place_of
 from glare.modeling_glare import ADAPTER_NAME, GlareForSemanticSegmentation, GlareModel, final_norm
 from glare.runtime import optimizer_tensors, restore_optimizer
 from glare.views import Normalisation
+from glare.weight_decay import decays
 
 HEADS = ("fpn", "linear", "pixel", "upernet")
 TRAINED = ("full", "adapter", "head")
@@ -118,11 +119,6 @@ def select_trained(segmenter: PreTrainedModel, train_on: str) -> None:
         parameter.requires_grad_(chosen and "mask_token" not in name)
     if getattr(segmenter.config, "head", "fpn") == "fpn":
         final_norm(vit.backbone).requires_grad_(False)
-
-
-def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies: to matrices, not to biases, norms, tokens and the position embedding."""
-    return parameter.ndim > 1 and not name.endswith(("position_embeddings", "_token", "_tokens"))
 
 
 def image_processor(normalise: Normalisation, *, size: int, patch: int) -> DPTImageProcessorPil:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ from glare.runtime import optimizer_tensors, restore_optimizer
 from glare.sharding import is_sharded, join_blocks, like, local, norms, whole
 from glare.student import Student
 from glare.teacher import averaged_parameters
+from glare.weight_decay import parameter_groups
 
 
 @dataclass
@@ -64,15 +64,6 @@ class TrainState:
         """Put the averages where the student's weights are."""
         for _, ours, theirs in averaged_parameters(self.teacher, self.student):
             theirs.copy_(ours)
-
-
-def parameter_groups(student: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay, biases and norms do not."""
-    trained = [p for p in student.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
 
 
 def make_optimizer(student: nn.Module, weight_decay: float) -> torch.optim.Optimizer:
