@@ -1,3 +1,4 @@
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -124,6 +125,7 @@ def test_the_command_prints_a_table_and_writes_json(
     keys = {"miou", "aacc", "macc", "iou", "num_images", "data", "split", "model", "seed", "versions"}
     assert keys <= scores.keys() and scores["num_images"] == 4
     assert scores["split"] is None and scores["seed"] is None and scores["match"] == "!*_0"
+    assert scores["weights_sha256"] == hashlib.sha256((model_folder / "model.safetensors").read_bytes()).hexdigest()
     defined = [value for value in scores["iou"].values() if value is not None]
     assert scores["miou"] == pytest.approx(np.mean(defined))
 

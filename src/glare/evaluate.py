@@ -25,6 +25,7 @@ from glare.errors import UserError
 from glare.finetune_data import unusable
 from glare.inference import class_names, load_segmenter
 from glare.metrics import SegmentationScores, confusion_matrix
+from glare.model_names import place_of
 from glare.recipes import option, required
 from glare.run_folder import atomic_write_json, run_folder_of
 from glare.runtime import DEVICES, PRECISIONS, make_accelerator
@@ -32,6 +33,7 @@ from glare.split_scores import ScoreSplitter, SplitScores, presence_scores
 from glare.trained_images import trained_on
 from glare.versions import versions
 from glare.views import Normalisation
+from glare.weight_files import weights_digest
 from glare.yaml_files import read_mapping
 
 PASS_PIXELS = 8 * 512 * 512  # of the images that are segmented together
@@ -94,6 +96,7 @@ def run(recipe: EvaluateRecipe) -> SegmentationScores:
     print(table(scores, num_images=num_images, parts=parts, skipped=skipped))
     if recipe.json is not None:
         about = {"data": recipe.data, "split": split, "match": recipe.match, "model": recipe.model}
+        about["weights_sha256"] = weights_digest(place_of(recipe.model))
         seed = training_seed(recipe.model)
         entry = describe(scores, num_images=num_images, parts=parts, seed=seed, about=about, sweep=sweep)
         atomic_write_json(recipe.json, entry | ({"trained_on": shared} if shared else {}))

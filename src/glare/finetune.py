@@ -36,6 +36,7 @@ from glare.finetune_step import cut_batch, learning_rates, train_step
 from glare.labelled_crops import TrainingCrops, scaled_sizes, to_device
 from glare.metrics import SegmentationScores
 from glare.model_card import write_card
+from glare.model_names import place_of
 from glare.preemption import Signals, stoppable
 from glare.recipes import option, required
 from glare.resuming import frozen_digest
@@ -67,6 +68,7 @@ from glare.segmenters import (
 )
 from glare.shares import check_shares
 from glare.views import Normalisation
+from glare.weight_files import weights_digest
 
 MAY_DIFFER_ON_RESUME = frozenset({"backbone_learning_rate", "learning_rate", "precision"})
 """Recipe keys that are a remedy for a run whose loss became infinite, and so may change with its ``--resume``."""
@@ -295,6 +297,7 @@ def judge(job: Job, model: PreTrainedModel) -> tuple[SegmentationScores, list[tu
 def finish(job: Job, model: PreTrainedModel, folder: RunFolder) -> None:
     """Write ``model/``, then evaluate where there are labels for it and write ``eval.json``."""
     if folder.write:
+        (folder.path / "eval.json").unlink(missing_ok=True)  # of a resumed run: the scores of fewer steps
         with folder.publish("model") as path:
             model.save_pretrained(path)
             patch = vit_of(model).patch_size
@@ -313,6 +316,7 @@ def finish(job: Job, model: PreTrainedModel, folder: RunFolder) -> None:
         print(table(scores, num_images=num_images, skipped=skipped))
         data, split = val_part(job.recipe)
         about = {"data": data, "split": split, "match": job.recipe.val_match, "model": str(folder.path / "model")}
+        about["weights_sha256"] = weights_digest(place_of(str(folder.path)))
         seed, sweep = job.recipe.seed, asked(job.recipe)
         entry = describe(scores, num_images=num_images, seed=seed, about=about, sweep=sweep)
         atomic_write_json(folder.path / "eval.json", entry)
