@@ -231,6 +231,27 @@ def test_the_stages_lead_back_to_the_base_model(segmenter: Path) -> None:
     assert ModelCard(text_of(segmenter, license="cc-by-nc-4.0")).data["license"] == "cc-by-nc-4.0"
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, "0.001 for the head, 3e-05 below it, 20 steps of warm-up, linear to 0"),
+        ({"train_on": "head"}, "0.001 for the head, 20 steps of warm-up, linear to 0"),
+        ({"train_on": "head", "poly_power": 0.9, "min_learning_rate": "1e-4"}, "{head} power 0.9 to 1e-4"),
+        ({"poly_power": 0.9}, "{both} power 0.9 to 0"),
+        ({"poly_power": 2, "min_learning_rate": 1e-5}, "{both} power 2 to 1e-05"),
+        ({"poly_power": 2, "min_learning_rate": 1e-4}, "{both} power 2 to 0.0001, constant where the peak is lower"),
+        ({"warmup_steps": None}, "0.001 for the head, 3e-05 below it, linear to 0"),
+    ],
+)
+def test_the_schedule_is_that_of_the_recipe(segmenter: Path, changes: dict[str, Any], expected: str) -> None:
+    rates = {"learning_rate": 1e-3, "backbone_learning_rate": 3e-5, "warmup_steps": 20}
+    shape = {"poly_power": 1.0, "min_learning_rate": 0.0, "train_on": "full"}
+    write_recipe(segmenter, model="vit", data="pets", **(rates | shape | changes))
+    head, warm = "0.001 for the head", "20 steps of warm-up, polynomial of"
+    expected = expected.format(head=f"{head}, {warm}", both=f"{head}, 3e-05 below it, {warm}")
+    assert f"| Learning rate | {expected} |\n" in text_of(segmenter)
+
+
 def test_a_card_says_simmim_and_classification_where_these_were_done(segmenter: Path, run: Path) -> None:
     """From random weights: nothing was adapted, and nothing of it is GLARE."""
     simmim = {"objective": "simmim", "adapter": "full", "rank": 64, "views": {"patch_ratio": [0.6, 0.6]}}
