@@ -86,6 +86,9 @@ def read_config(place: Place) -> PreTrainedConfig:
             divisor = part.get(key) if isinstance(part, dict) else getattr(part, key, None)
             if isinstance(divisor, int) and divisor < 1:
                 raise ValueError(f"{key} is {divisor}, it has to be at least 1")
+        sides = part.get("image_size") if isinstance(part, dict) else getattr(part, "image_size", None)
+        if isinstance(sides, list | tuple) and len(set(sides)) != 1:
+            raise ValueError(f"image_size is {shortened(str(sides))}; position embeddings are resized of squares only")
     return config
 
 

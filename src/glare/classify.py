@@ -44,7 +44,7 @@ from glare.runtime import (
     seeded,
 )
 from glare.schedules import warmup_poly
-from glare.segmenters import SegmenterState, decays, image_processor, load_pretrained
+from glare.segmenters import SegmenterState, decays, image_processor, image_side, load_pretrained
 from glare.shares import check_shares
 from glare.versions import versions
 from glare.views import Normalisation
@@ -122,7 +122,7 @@ def run(signals: Signals, recipe: ClassifyRecipe) -> Path:
     # data, model, and the settings that depend on them
     torch.manual_seed(recipe.seed)  # of a config.json the weights are drawn
     vit, normalise = load_pretrained(recipe.model)
-    recipe = replace(recipe, crop_size=recipe.crop_size or vit.config.backbone_config.image_size)
+    recipe = replace(recipe, crop_size=recipe.crop_size or image_side(vit))
     packed = read(recipe, recipe.data, show=accelerator.is_main_process)
     classes = class_names(packed.names, recipe.data)
     train = labelled(packed, classes, recipe.data)
