@@ -98,7 +98,9 @@ class FinetuneRecipe:
     crop_size: int | None = option(None, "side of the crops in px; derived from the images' short side where not given")
     base_scale: tuple[int, int] | None = option(None, "bring images to fit these two sides in px first, as 2048,512")
     scale: tuple[float, float] = option((0.5, 2.0), "lowest and highest random factor on that size")
-    dominant_share: float = option(0.75, "crops in which one class has this share are drawn anew, up to ten times")
+    dominant_share: float = option(
+        0.75, "crops in which one class has this share are drawn anew, up to ten times; 1: none"
+    )
     learning_rate: float | None = option(None, "peak, of the head; derived from the steps where not given")
     backbone_learning_rate: float | None = option(None, "peak, of everything else; derived where not given")
     warmup_steps: int | None = option(None, "linear warm-up; a tenth of the steps, at most 1500, where not given")
