@@ -191,8 +191,13 @@ def test_a_configuration_may_give_both_sides_of_the_images(given: Given, tmp_pat
 def test_mistakes_are_named_before_anything_is_written(given: Given, tmp_path: Path) -> None:
     write_classes(tmp_path / "other", 1, seed=0)
     (tmp_path / "other" / "red").rename(tmp_path / "other" / "green")
+    write_classes(tmp_path / "linked", 2, seed=7)
+    (tmp_path / "linked" / "red" / "again.png").symlink_to(tmp_path / "train" / "red" / "3.png")
     for changes, message in (
         ({"val_data": str(tmp_path / "other")}, "has the class 'green', the training data has blue, red"),
+        ({"val_data": str(tmp_path / "train")}, "12 of the 12 images to measure the accuracy on are among those to tr"),
+        ({"val_data": str(tmp_path / "val" / ".." / "train")}, "12 of the 12 images .* give others by --val-data"),
+        ({"val_data": str(tmp_path / "linked")}, "1 of the 5 images to measure the accuracy on"),
         ({"data": str(tmp_path / "train" / "red")}, "has no two classes"),
         ({"crop_size": 18}, "crop_size 18 is no multiple of the patch size 4; give 16"),
         ({"mixup": -1.0}, "mixup is -1.0; give at least 0"),

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from glare import ranges, recipes
 from glare.agreement import check_agreement
-from glare.class_images import ClassCrops, ClassImages, check_pairs, class_names, cut_batch, labelled
+from glare.class_images import ClassCrops, ClassImages, check_apart, check_pairs, class_names, cut_batch, labelled
 from glare.crops import cut, fits, subset
 from glare.data.cache import Packed, pack, skipped_lines
 from glare.data.sources import open_source
@@ -62,7 +62,7 @@ class ClassifyRecipe:
     )
     data: str = required("folder of images that has a folder for each class")
     output: Path = required("run folder to write")
-    val_data: str | None = option(None, "such a folder to measure the accuracy on")
+    val_data: str | None = option(None, "such a folder of other images, to measure the accuracy on")
     mixup: float = option(0.2, "alpha of MixUp of neighbours in a batch, 0 for none")
     epochs: int = option(20, "passes over the images")
     steps: int | None = option(None, "optimizer steps, instead of epochs")
@@ -128,7 +128,9 @@ def run(signals: Signals, recipe: ClassifyRecipe) -> Path:
     train = labelled(packed, classes, recipe.data)
     val = None
     if recipe.val_data is not None:
-        val = labelled(read(recipe, recipe.val_data, show=accelerator.is_main_process), classes, recipe.val_data)
+        held_out = read(recipe, recipe.val_data, show=accelerator.is_main_process)
+        check_apart(packed.names, recipe.data, held_out.names, recipe.val_data)
+        val = labelled(held_out, classes, recipe.val_data)
     recipe = resolve(recipe, len(packed.names), patch=vit.patch_size, accelerator=accelerator)
     check_agreement(accelerator, recipe, packed.names)
     accelerator.print("\n".join([describe(recipe, packed, classes), *skipped_lines(packed.skipped)]))
