@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tiny_models import tiny_config, tiny_vit
 from torch import Tensor
 
-from glare import classify, finetune, recipes
+from glare import classify, export, finetune, recipes
 from glare.checkpoints import TENSORS, folders
 from glare.class_images import check_pairs, class_names, mixed, mixup_factors
 from glare.classify import Classifier, ClassifyRecipe, accuracy
@@ -24,6 +24,7 @@ from glare.errors import UserError
 from glare.finetune import FinetuneRecipe
 from glare.modeling_glare import GlareModel
 from glare.segmenters import load_pretrained
+from glare.yaml_files import read_mapping
 
 Given = Callable[..., dict[str, Any]]
 
@@ -174,11 +175,29 @@ def test_classes_are_the_folders_that_images_lie_in() -> None:
             class_names(names, "d")
 
 
+def test_a_configuration_may_give_both_sides_of_the_images(given: Given, tmp_path: Path) -> None:
+    file = tmp_path / "vit.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "image_size": [24, 24]}))
+    folder = run(given("run", steps=1))
+    assert read_mapping(folder / "recipe.yaml")["crop_size"] == 24
+    exported = export.export(export.ExportRecipe(model=str(folder), output=tmp_path / "exported"))
+    assert list(exported.config.image_size) == [24, 24]
+    file.write_text(json.dumps({**config, "image_size": [24, 16]}))
+    with pytest.raises(UserError, match=r"image_size is \[24, 16\]; position embeddings are resized of squares only"):
+        run(given("other", steps=1))
+
+
 def test_mistakes_are_named_before_anything_is_written(given: Given, tmp_path: Path) -> None:
     write_classes(tmp_path / "other", 1, seed=0)
     (tmp_path / "other" / "red").rename(tmp_path / "other" / "green")
+    write_classes(tmp_path / "linked", 2, seed=7)
+    (tmp_path / "linked" / "red" / "again.png").symlink_to(tmp_path / "train" / "red" / "3.png")
     for changes, message in (
         ({"val_data": str(tmp_path / "other")}, "has the class 'green', the training data has blue, red"),
+        ({"val_data": str(tmp_path / "train")}, "12 of the 12 images to measure the accuracy on are among those to tr"),
+        ({"val_data": str(tmp_path / "val" / ".." / "train")}, "12 of the 12 images .* give others by --val-data"),
+        ({"val_data": str(tmp_path / "linked")}, "1 of the 5 images to measure the accuracy on"),
         ({"data": str(tmp_path / "train" / "red")}, "has no two classes"),
         ({"crop_size": 18}, "crop_size 18 is no multiple of the patch size 4; give 16"),
         ({"mixup": -1.0}, "mixup is -1.0; give at least 0"),

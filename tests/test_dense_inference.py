@@ -209,6 +209,26 @@ def test_sizes_are_those_of_mmsegmentation(
     assert Sweep(test_scale=scale, ratios=ratios).sizes(size) == expected
 
 
+@pytest.mark.parametrize(
+    ("sweep", "said"),
+    [
+        (Sweep(ratios=(1.0, 1e9)), "ratio 1e+09 brings an image of 37 x 30 px to 3.7e+10 x 3e+10 px, at most 16384"),
+        (Sweep(ratios=(1e308,)), "to inf x inf px, at most 16384 x 16384 px can be segmented; give lower ratios"),
+        (Sweep(test_scale=(16384, 16384), ratios=(4.0,)), "to 6.554e+04 x 5.314e+04 px, at most 16384 x 16384 px"),
+        (Sweep(ratios=(1.0, 0.01)), "to 0.37 x 0.3 px, at least a patch of 4 px can be segmented; give higher ratios"),
+    ],
+)
+def test_ratios_beyond_what_can_be_segmented_are_one_sentence(pointwise: Any, sweep: Sweep, said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        logits(pointwise, pixels_of(picture(37, 30)), normalise=NORMALISE, sweep=sweep)
+    assert said in str(caught.value) and not pointwise.passes
+
+
+def test_what_is_large_or_small_by_itself_is_segmented(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("glare.dense_inference.LARGEST_PIXELS", 100)
+    assert Sweep().sizes((20, 30), patch=4) == [(20, 30)] and Sweep().sizes((2, 3), patch=4) == [(2, 3)]
+
+
 def test_windows_of_many_images_share_passes_within_the_budget(pointwise: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert PASS_PIXELS >= WHOLE_LIMIT_PX**2
     monkeypatch.setattr("glare.dense_inference.PASS_PIXELS", 3 * 20 * 30)

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -124,8 +125,25 @@ def test_the_command_prints_a_table_and_writes_json(
     keys = {"miou", "aacc", "macc", "iou", "num_images", "data", "split", "model", "seed", "versions"}
     assert keys <= scores.keys() and scores["num_images"] == 4
     assert scores["split"] is None and scores["seed"] is None and scores["match"] == "!*_0"
+    assert scores["weights_sha256"] == hashlib.sha256((model_folder / "model.safetensors").read_bytes()).hexdigest()
     defined = [value for value in scores["iou"].values() if value is not None]
     assert scores["miou"] == pytest.approx(np.mean(defined))
+
+
+def test_where_scores_cannot_be_written_is_said_before_they_are_counted(
+    model_folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("glare.evaluate.load_segmenter", None)
+    argv = ["evaluate", "--model", str(model_folder), "--data", str(data), "--json"]
+    (tmp_path / "file").touch()
+    for file, said in (
+        (tmp_path, "is a folder; give a file, such as"),
+        (tmp_path / "no" / "scores.json", f"'{tmp_path / 'no'}' is no folder one may write to; make it, or give"),
+        (tmp_path / "file" / "scores.json", "is no folder one may write to"),
+    ):
+        assert glare_main([*argv, str(file)]) == 2
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1
 
 
 def test_the_split_defaults_to_val(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -226,7 +244,9 @@ def test_the_table_shows_percent_and_gaps() -> None:
     single = SegmentationScores.from_confusion(torch.tensor([[3, 1, 0], [0, 0, 0], [0, 0, 0]]), CLASSES)
     assert "warning: the labels hold no class but 'soil'" in table(single, num_images=1)
     empty = SegmentationScores.from_confusion(torch.zeros(3, 3, dtype=torch.int64), CLASSES)
-    assert math.isnan(empty.miou) and "mIoU -" in table(empty, num_images=0)
+    assert math.isnan(empty.miou) and "mIoU -" in table(empty, num_images=2)
+    assert "warning: the labels hold no class, so there is no score; what is ignored" in table(empty, num_images=2)
+    assert "warning" not in "".join(lines)
 
 
 def test_the_seed_comes_from_the_run_that_wrote_the_model(tmp_path: Path) -> None:

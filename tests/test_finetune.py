@@ -1,3 +1,4 @@
+import hashlib
 import json
 import subprocess
 import sys
@@ -328,6 +329,28 @@ def test_validation_labels_that_cannot_be_read(recipe: FinetuneRecipe, monkeypat
     with pytest.raises(UserError, match=r"none of the 4 images to evaluate on .*; the model is kept, score it with"):
         finetune.run(replace(recipe, steps=1))
     assert (recipe.output / "model" / "model.safetensors").exists() and not (recipe.output / "eval.json").exists()
+
+
+def test_a_new_model_is_never_beside_the_scores_of_an_old_one(
+    recipe: FinetuneRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = finetune.run(recipe)
+    first = json.loads((run / "eval.json").read_text())
+    digest = hashlib.sha256((run / "model" / "model.safetensors").read_bytes()).hexdigest()
+    assert first["weights_sha256"] == digest and "has not been evaluated" not in (run / "model/README.md").read_text()
+
+    def stop(*_args: Any) -> None:
+        raise KeyboardInterrupt
+
+    more, judge = replace(recipe, steps=8, resume=True), finetune.judge
+    monkeypatch.setattr(finetune, "judge", stop)
+    with pytest.raises(KeyboardInterrupt):
+        finetune.run(more)
+    assert hashlib.sha256((run / "model" / "model.safetensors").read_bytes()).hexdigest() != digest
+    assert not (run / "eval.json").exists()
+    monkeypatch.setattr(finetune, "judge", judge)
+    finetune.run(more)
+    assert json.loads((run / "eval.json").read_text())["weights_sha256"] != digest
 
 
 def test_a_run_without_validation_says_so(recipe: FinetuneRecipe, capsys: pytest.CaptureFixture[str]) -> None:

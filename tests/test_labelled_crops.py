@@ -153,6 +153,13 @@ def test_the_first_crop_without_a_dominant_class_is_taken() -> None:
     assert len(set(expected)) == 5
 
 
+def test_a_dominant_share_of_one_asks_nothing_of_a_crop() -> None:
+    """As mmsegmentation's ``cat_max_ratio`` of 1."""
+    probe = torch.zeros((2, ATTEMPTS, 4096), dtype=torch.uint8)
+    assert first_balanced(probe, 1.0).tolist() == [0, 0]
+    assert first_balanced(probe, 0.99).tolist() == [ATTEMPTS - 1] * 2
+
+
 def test_saturation_scales_as_in_hsv() -> None:
     images = torch.rand((2, 3, 4, 5), generator=seeded())
     factor = torch.tensor([0.5, 1.5])

@@ -1,5 +1,6 @@
 """Cards say what the files of a run say, no more: numbers, licences and names."""
 
+import hashlib
 import json
 import re
 import subprocess
@@ -23,7 +24,9 @@ from glare.hub import PushRecipe, belongs
 from glare.licences import FAMILIES, Licence, combined, front_matter, of_family, stated
 from glare.lineage import origin_of, public_name, stages_of
 from glare.model_card import DASH, Said, card, facts_of, metadata, write_card
+from glare.model_names import Place
 from glare.publication import find, stage, without_places
+from glare.weight_files import weights_digest
 
 ROOT = Path(__file__).parents[1]
 MakeVit = Callable[..., PreTrainedModel]
@@ -178,6 +181,41 @@ def test_every_score_is_that_of_eval_json(segmenter: Path) -> None:
     assert f"| 50.0 | 70.0 | {DASH} |" in text_of(segmenter)
 
 
+def test_scores_of_other_weights_are_left_out(segmenter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = (segmenter / "model" / "model.safetensors").read_bytes()
+    own = {**SCORES, "weights_sha256": hashlib.sha256(weights).hexdigest()}
+    (segmenter / "eval.json").write_text(json.dumps(own))
+    assert result_files(facts_of(find(segmenter)).evaluation) and "| soil | 50.0 |" in text_of(segmenter / "model")
+    (segmenter / "eval.json").write_text(json.dumps({**own, "weights_sha256": "0" * 64}))
+    facts = facts_of(find(segmenter))
+    text = card(facts)
+    assert "the scores that came with it are of other weights and are left out" in text
+    assert "| soil |" not in text and "model-index" not in ModelCard(text).data.to_dict()
+    assert result_files(facts.evaluation) == {}
+    assert cli.main(["push", str(segmenter), "owner/name", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "the scores in eval.json are of other weights and are left out" in out and ".eval_results" not in out
+
+
+def test_the_digest_of_shards_tells_them_apart(make_vit: MakeVit, tmp_path: Path) -> None:
+    model = make_vit()
+    model.save_pretrained(tmp_path, max_shard_size="10KB")
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    assert len(shards) > 1
+    first = weights_digest(Place(str(tmp_path)))
+    sums = "".join(f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n" for file in shards)
+    assert first == hashlib.sha256(sums.encode()).hexdigest()
+    shards[-1].write_bytes(shards[-1].read_bytes()[:-1] + b"x")
+    assert weights_digest(Place(str(tmp_path))) not in (first, None)
+
+
+def test_a_card_says_of_how_many_images_the_scores_were_trained_on(segmenter: Path) -> None:
+    (segmenter / "eval.json").write_text(json.dumps({**SCORES, "trained_on": 5}))
+    assert "; the model was trained on 5 of these images; the training had seed 3." in text_of(segmenter)
+    (results,) = result_files(facts_of(find(segmenter)).evaluation).values()
+    assert "the model was trained on 5 of these images" in yaml.safe_load(results)[0]["notes"]
+
+
 def test_the_stages_lead_back_to_the_base_model(segmenter: Path) -> None:
     stages = stages_of(segmenter)
     assert [stage.kind.name for stage in stages] == ["glare", "finetune"]
@@ -191,6 +229,27 @@ def test_the_stages_lead_back_to_the_base_model(segmenter: Path) -> None:
     assert "**Non-commercial**: owner/scenes may not be used commercially" in text
     assert "Not known: the licence of photos." in text and data["license"] == "unknown"
     assert ModelCard(text_of(segmenter, license="cc-by-nc-4.0")).data["license"] == "cc-by-nc-4.0"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, "0.001 for the head, 3e-05 below it, 20 steps of warm-up, linear to 0"),
+        ({"train_on": "head"}, "0.001 for the head, 20 steps of warm-up, linear to 0"),
+        ({"train_on": "head", "poly_power": 0.9, "min_learning_rate": "1e-4"}, "{head} power 0.9 to 1e-4"),
+        ({"poly_power": 0.9}, "{both} power 0.9 to 0"),
+        ({"poly_power": 2, "min_learning_rate": 1e-5}, "{both} power 2 to 1e-05"),
+        ({"poly_power": 2, "min_learning_rate": 1e-4}, "{both} power 2 to 0.0001, constant where the peak is lower"),
+        ({"warmup_steps": None}, "0.001 for the head, 3e-05 below it, linear to 0"),
+    ],
+)
+def test_the_schedule_is_that_of_the_recipe(segmenter: Path, changes: dict[str, Any], expected: str) -> None:
+    rates = {"learning_rate": 1e-3, "backbone_learning_rate": 3e-5, "warmup_steps": 20}
+    shape = {"poly_power": 1.0, "min_learning_rate": 0.0, "train_on": "full"}
+    write_recipe(segmenter, model="vit", data="pets", **(rates | shape | changes))
+    head, warm = "0.001 for the head", "20 steps of warm-up, polynomial of"
+    expected = expected.format(head=f"{head}, {warm}", both=f"{head}, 3e-05 below it, {warm}")
+    assert f"| Learning rate | {expected} |\n" in text_of(segmenter)
 
 
 def test_a_card_says_simmim_and_classification_where_these_were_done(segmenter: Path, run: Path) -> None:

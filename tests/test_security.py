@@ -9,6 +9,7 @@ import json
 import lzma
 import os
 import pickle
+import shutil
 import tarfile
 import zipfile
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ import pytest
 import torch
 from labelled_samples import write_labelled
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_models import adapted_model, segmenter, tiny_vit
 
 from glare import cli, region_attention
@@ -30,8 +31,11 @@ from glare.convert import run as convert
 from glare.data import opening
 from glare.data.sources import BadImage, open_source
 from glare.errors import HIDDEN, UserError, redacted
+from glare.hub import PushRecipe, prepared
 from glare.inference import load_segmenter
+from glare.lineage import offline
 from glare.objectives.glare import CrossAttention
+from glare.publication import find
 from glare.run_folder import RunFolder
 from glare.segmenters import load_pretrained
 
@@ -167,6 +171,29 @@ def test_code_beside_a_model_is_not_run(model_type: str, trace: Path, tmp_path: 
             load(str(folder))
         except UserError as error:
             assert model_type != "glare" and "\n" not in str(error)
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "{above}/outside.safetensors", "in/a.safetensors", 3, ".."])
+def test_an_index_of_shards_does_not_lead_out_of_the_model(name: object, tmp_path: Path) -> None:
+    run, folder = tmp_path / "run", tmp_path / "run" / "model"
+    segmenter(tiny_vit()).save_pretrained(folder)
+    (run / "recipe.yaml").write_text("model: vit\ndata: scenes\nhead: fpn\n")
+    weights = load_file(folder / "model.safetensors")
+    (folder / "in").mkdir()
+    for place in (run / "outside.safetensors", folder / "in" / "a.safetensors", tmp_path / "outside.safetensors"):
+        shutil.copy(folder / "model.safetensors", place)
+    (folder / "model.safetensors").rename(folder / "model-1-of-1.safetensors")
+    index = folder / "model.safetensors.index.json"
+    shard = {"metadata": {}, "weight_map": dict.fromkeys(weights, "model-1-of-1.safetensors")}
+    index.write_text(json.dumps(shard))
+    assert load_segmenter(str(folder), device=CPU) and load_backbone(str(folder))
+    name = name.format(above=run) if isinstance(name, str) else name
+    index.write_text(json.dumps({**shard, "weight_map": dict.fromkeys(weights, name)}))
+    push = lambda _: prepared(find(run), PushRecipe(target=(str(run), "owner/name")), offline).__enter__()  # noqa: E731
+    for load in (load_backbone, lambda name: load_segmenter(name, device=CPU), push):
+        with pytest.raises(UserError, match="which is no safetensors file beside it") as caught:
+            load(str(folder))
+        assert "\n" not in str(caught.value)
 
 
 def test_no_call_asks_for_remote_code() -> None:

@@ -26,6 +26,7 @@ from glare.model_sizes import check_labels, oversize
 from glare.modeling_glare import GlareModel, vit_blocks
 from glare.uniadapter import UniAdapterConfig
 from glare.views import Normalisation
+from glare.weight_files import check_shards
 
 LARGEST_MEAN = 1e6  # of a channel, and of its standard deviation
 MAX_BLOCKS = 1000  # so that a wrong configuration does not build for ever
@@ -74,8 +75,12 @@ def _below_upernet(place: Place) -> GlareModel:
 
 
 def read_config(place: Place) -> PreTrainedConfig:
-    """The configuration of a model, of no more blocks and classes than a model may have; ValueError for others."""
+    """The configuration of a model, of no more blocks and classes than a model may have; ValueError for others.
+
+    The weights are to be where it is: what loads a model comes here first, so this raises as `check_shards`, too.
+    """
     check_labels(PreTrainedConfig.get_config_dict(place.name, **place.options)[0])
+    check_shards(place)
     config = AutoConfig.from_pretrained(place.name, trust_remote_code=False, **place.options)
     inner = getattr(config, "backbone_config", None)
     for part in (config, inner, getattr(inner, "backbone_config", None)):
@@ -86,6 +91,9 @@ def read_config(place: Place) -> PreTrainedConfig:
             divisor = part.get(key) if isinstance(part, dict) else getattr(part, key, None)
             if isinstance(divisor, int) and divisor < 1:
                 raise ValueError(f"{key} is {divisor}, it has to be at least 1")
+        sides = part.get("image_size") if isinstance(part, dict) else getattr(part, "image_size", None)
+        if isinstance(sides, list | tuple) and len(set(sides)) != 1:
+            raise ValueError(f"image_size is {shortened(str(sides))}; position embeddings are resized of squares only")
     return config
 
 

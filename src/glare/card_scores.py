@@ -12,8 +12,10 @@ from glare.dense_inference import Sweep, read_sweep
 from glare.errors import UserError, first_line
 from glare.json_files import read_json
 from glare.lineage import looks_like_hub_id, public_name
+from glare.model_names import Place
 from glare.publication import Publication
 from glare.report_tables import escape
+from glare.weight_files import weights_digest
 
 SEGMENTATION = "image-segmentation"
 SCORES = {"miou": ("mean_iou", "mIoU"), "aacc": ("accuracy", "pixel accuracy"), "macc": ("mean_accuracy", "mAcc")}
@@ -22,7 +24,11 @@ SCORES = {"miou": ("mean_iou", "mIoU"), "aacc": ("accuracy", "pixel accuracy"), 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What ``eval.json`` says; scores are fractions, None where undefined. ``data`` is a name, not a path."""
+    """What ``eval.json`` says; scores are fractions, None where undefined. ``data`` is a name, not a path.
+
+    ``trained_on``: how many of the images the model was trained on. ``weights``: the `weights_digest` of what was
+    evaluated, None where an earlier version has not written it.
+    """
 
     scores: Mapping[str, float | None]
     iou: Mapping[str, float | None]
@@ -32,6 +38,8 @@ class Evaluation:
     match: str | None
     seed: int | None
     sweep: Sweep
+    trained_on: int
+    weights: str | None
 
     @property
     def described(self) -> str:
@@ -39,7 +47,8 @@ class Evaluation:
         part = f", split {self.split}" if self.split else ""
         part += f", files {self.match}" if self.match else ""
         seed = "" if self.seed is None else f"; the training had seed {self.seed}"
-        return f"On {self.num_images} images of {escape(self.data + part)}, {self.sweep.described}{seed}."
+        shared = f"; the model was trained on {self.trained_on} of these images" if self.trained_on else ""
+        return f"On {self.num_images} images of {escape(self.data + part)}, {self.sweep.described}{shared}{seed}."
 
 
 def read_evaluation(publication: Publication, own: str | None, data_name: str | None) -> Evaluation | None:
@@ -63,6 +72,8 @@ def read_evaluation(publication: Publication, own: str | None, data_name: str | 
             match=_text(values.get("match")),
             seed=values.get("seed"),
             sweep=read_sweep(values.get("inference", {})),
+            trained_on=int(values.get("trained_on", 0)),
+            weights=_text(values.get("weights_sha256")),
         )
     except KeyError as error:
         raise UserError(f"{file} has no {error}; write it again with `glare evaluate --json`") from None
@@ -70,6 +81,16 @@ def read_evaluation(publication: Publication, own: str | None, data_name: str | 
         raise UserError(
             f"{file} holds a value of another kind ({first_line(error)}); write it again with `glare evaluate --json`"
         ) from None
+
+
+def of_other_weights(evaluation: Evaluation, publication: Publication) -> bool:
+    """Whether the scores are of other weights than those published; what was written without a digest is believed."""
+    run, model = publication.run, publication.model
+    if evaluation.weights is None or run is None or model is None:
+        return False
+    # a model that was saved anew has the same tensors as its run's, if not the same bytes
+    own = model if model.absolute().is_relative_to(run.absolute()) else run / "model"
+    return evaluation.weights != weights_digest(Place(str(own.absolute())))
 
 
 def _score(value: Any) -> float | None:

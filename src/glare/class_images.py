@@ -5,6 +5,7 @@ l ~ Beta(alpha, alpha) drawn for each pair. Images 2k and 2k + 1 of a batch, who
 of each other with one l; the last of an odd batch stays as it is. So the batch is the same however it is shared out.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -20,6 +21,7 @@ from glare.data.cache import Packed
 from glare.errors import UserError
 from glare.geometry import random_resized_crops
 from glare.labelled_crops import photometric_distortion
+from glare.paths import kind_of, local_path
 from glare.shares import draws_of
 from glare.views import Normalisation
 
@@ -64,6 +66,25 @@ def labelled(packed: Packed, classes: Sequence[str], data: str) -> ClassImages:
             "give folders of the same names"
         )
     return ClassImages(packed.images, torch.tensor([number[class_of(name)] for name in packed.names]), classes)
+
+
+def check_apart(names: Sequence[str], data: str, val_names: Sequence[str], val_data: str) -> None:
+    """Raise UserError where an image to measure the accuracy on is one to train on, behind links, too."""
+    trained = _places(names, data)
+    shared = sum(place in trained for place in _places(val_names, val_data))
+    if shared:
+        raise UserError(
+            f"{shared:,} of the {len(val_names):,} images to measure the accuracy on are among those to train on; "
+            "give others by --val-data, or leave it out"
+        )
+
+
+def _places(names: Sequence[str], data: str) -> set[str]:
+    """What tells the images of ``data`` from any others: their files, or data and name."""
+    path = local_path(data)
+    if kind_of(path) == "folder":
+        return {os.path.realpath(path / name) for name in names}
+    return {f"{os.path.realpath(path) if kind_of(path) else data}/{name}" for name in names}
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from glare import ranges, recipes
 from glare.agreement import check_agreement
-from glare.class_images import ClassCrops, ClassImages, check_pairs, class_names, cut_batch, labelled
+from glare.class_images import ClassCrops, ClassImages, check_apart, check_pairs, class_names, cut_batch, labelled
 from glare.crops import cut, fits, subset
 from glare.data.cache import Packed, pack, skipped_lines
 from glare.data.sources import open_source
@@ -44,7 +44,7 @@ from glare.runtime import (
     seeded,
 )
 from glare.schedules import warmup_poly
-from glare.segmenters import SegmenterState, image_processor, load_pretrained
+from glare.segmenters import SegmenterState, image_processor, image_side, load_pretrained
 from glare.shares import check_shares
 from glare.versions import versions
 from glare.views import Normalisation
@@ -63,7 +63,7 @@ class ClassifyRecipe:
     )
     data: str = required("folder of images that has a folder for each class")
     output: Path = required("run folder to write")
-    val_data: str | None = option(None, "such a folder to measure the accuracy on")
+    val_data: str | None = option(None, "such a folder of other images, to measure the accuracy on")
     mixup: float = option(0.2, "alpha of MixUp of neighbours in a batch, 0 for none")
     epochs: int = option(20, "passes over the images")
     steps: int | None = option(None, "optimizer steps, instead of epochs")
@@ -123,13 +123,15 @@ def run(signals: Signals, recipe: ClassifyRecipe) -> Path:
     # data, model, and the settings that depend on them
     torch.manual_seed(recipe.seed)  # of a config.json the weights are drawn
     vit, normalise = load_pretrained(recipe.model)
-    recipe = replace(recipe, crop_size=recipe.crop_size or vit.config.backbone_config.image_size)
+    recipe = replace(recipe, crop_size=recipe.crop_size or image_side(vit))
     packed = read(recipe, recipe.data, show=accelerator.is_main_process)
     classes = class_names(packed.names, recipe.data)
     train = labelled(packed, classes, recipe.data)
     val = None
     if recipe.val_data is not None:
-        val = labelled(read(recipe, recipe.val_data, show=accelerator.is_main_process), classes, recipe.val_data)
+        held_out = read(recipe, recipe.val_data, show=accelerator.is_main_process)
+        check_apart(packed.names, recipe.data, held_out.names, recipe.val_data)
+        val = labelled(held_out, classes, recipe.val_data)
     recipe = resolve(recipe, len(packed.names), patch=vit.patch_size, accelerator=accelerator)
     check_agreement(accelerator, recipe, packed.names)
     accelerator.print("\n".join([describe(recipe, packed, classes), *skipped_lines(packed.skipped)]))

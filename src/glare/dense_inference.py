@@ -29,6 +29,7 @@ from glare.views import Normalisation
 WHOLE_LIMIT_PX = 1536  # longer side up to which an image is segmented in one pass
 WINDOW_PX = 1024  # side of the windows of larger images
 LARGEST_SIDE_PX = 2**14  # of a test scale
+LARGEST_PIXELS = LARGEST_SIDE_PX**2  # of an image that is made larger
 PASS_PIXELS = 4 * WINDOW_PX**2  # that go through the model together
 
 REMEMBERED = ("window", "stride", "test_scale")
@@ -76,10 +77,25 @@ class Sweep:
         parts += [f"at {' and '.join(f'{ratio:g}' for ratio in self.ratios)} times that size"] * (self.ratios != (1,))
         return ", ".join(parts + ["mirrored, too"] * self.flip)
 
-    def sizes(self, size: Size) -> list[Size]:
-        """The sizes at which an image of ``size`` is segmented."""
+    def sizes(self, size: Size, *, patch: int = 1) -> list[Size]:
+        """The sizes at which an image of ``size`` is segmented by a model with patches of ``patch`` px.
+
+        Raises UserError where a ratio makes it larger than `LARGEST_PIXELS`, or its longer side smaller than a patch.
+        """
         factor = 1.0 if self.test_scale is None else factor_to_fit(torch.tensor(size), self.test_scale).item()
         height, width = (factor * side for side in size)
+        longer = max(height, width)
+        for ratio in self.ratios:
+            if height * ratio * width * ratio > max(LARGEST_PIXELS, size[0] * size[1]):
+                limit, other = f"at most {LARGEST_SIDE_PX} x {LARGEST_SIDE_PX} px", "lower"
+            elif int(longer * ratio + 0.5) < min(patch, longer):
+                limit, other = f"at least a patch of {patch} px", "higher"
+            else:
+                continue
+            raise UserError(
+                f"ratio {ratio:g} brings an image of {size[1]} x {size[0]} px to {width * ratio:.4g} x "
+                f"{height * ratio:.4g} px, {limit} can be segmented; give {other} ratios"
+            )
         return [(max(1, int(height * ratio + 0.5)), max(1, int(width * ratio + 0.5))) for ratio in self.ratios]
 
     def windows(self, size: Size) -> list[Window]:
@@ -167,7 +183,7 @@ def logits(model: PreTrainedModel, pixels: Tensor, *, normalise: Normalisation, 
     """
     sweep = sweep or sweep_of(model)
     native = (pixels.shape[1], pixels.shape[2])
-    sizes = sweep.sizes(native)
+    sizes = sweep.sizes(native, patch=patch_size(model))
 
     def of(images: Tensor) -> Tensor:
         if len(sizes) == 1 and not sweep.flip:

@@ -1,6 +1,7 @@
 """``glare evaluate``: mIoU, accuracies and per-class IoU of a model on labelled images, at the labels' own size."""
 
 import math
+import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,6 +26,7 @@ from glare.errors import UserError
 from glare.finetune_data import unusable
 from glare.inference import class_names, load_segmenter
 from glare.metrics import SegmentationScores, confusion_matrix
+from glare.model_names import place_of
 from glare.recipes import option, required
 from glare.run_folder import atomic_write_json, run_folder_of
 from glare.runtime import DEVICES, PRECISIONS, make_accelerator
@@ -32,6 +34,7 @@ from glare.split_scores import ScoreSplitter, SplitScores, presence_scores
 from glare.trained_images import trained_on
 from glare.versions import versions
 from glare.views import Normalisation
+from glare.weight_files import weights_digest
 from glare.yaml_files import read_mapping
 
 PASS_PIXELS = 8 * 512 * 512  # of the images that are segmented together
@@ -72,6 +75,8 @@ def main(argv: Sequence[str]) -> None:
 
 def run(recipe: EvaluateRecipe) -> SegmentationScores:
     """Evaluate, print the scores and write them where the recipe says."""
+    if recipe.json is not None:
+        check_file(recipe.json)
     accelerator = make_accelerator(device=recipe.device, precision=recipe.precision, report_to="none", output=Path())
     model, normalise = load_segmenter(recipe.model, device=accelerator.device)
     split = recipe.split or split_for(recipe.data, "val")
@@ -94,10 +99,23 @@ def run(recipe: EvaluateRecipe) -> SegmentationScores:
     print(table(scores, num_images=num_images, parts=parts, skipped=skipped))
     if recipe.json is not None:
         about = {"data": recipe.data, "split": split, "match": recipe.match, "model": recipe.model}
+        about["weights_sha256"] = weights_digest(place_of(recipe.model))
         seed = training_seed(recipe.model)
         entry = describe(scores, num_images=num_images, parts=parts, seed=seed, about=about, sweep=sweep)
         atomic_write_json(recipe.json, entry | ({"trained_on": shared} if shared else {}))
     return scores
+
+
+def check_file(file: Path) -> None:
+    """Raise UserError where the scores cannot be written to ``file``; touches nothing."""
+    folder = file.absolute().parent
+    if file.is_dir():
+        raise UserError(f"json {str(file)!r} is a folder; give a file, such as {str(file / 'scores.json')!r}")
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(
+            f"json {str(file)!r} cannot be written, {str(folder)!r} is no folder one may write to; make it, or give "
+            "another file"
+        )
 
 
 def evaluate(
@@ -206,7 +224,7 @@ def table(
     parts: SplitScores | None = None,
     skipped: Sequence[tuple[str, str]] = (),
 ) -> str:
-    """The scores for people, in percent; ``-`` for a class that does not occur, a warning where only one does."""
+    """The scores for people, in percent; ``-`` for a class that does not occur, a warning where fewer than two do."""
     width = max(len("class"), *(len(name) for name in scores.iou))
     lines = [f"{'class':<{width}}    IoU"]
     lines += [f"{name:<{width}}  {_percent(value):>5}" for name, value in scores.iou.items()]
@@ -216,10 +234,13 @@ def table(
         lines.append(f"mIoU if an oracle named the outlines: {_percent(parts.localization)}")
         lines.append(f"mAP of which classes are in an image: {_percent(parts.classification)}")
     present = [name for name, accuracy in scores.accuracy.items() if accuracy is not None]
-    if len(present) == 1:
+    if len(present) < 2:
+        held = (
+            f"no class but {present[0]!r}, so these scores say little" if present else "no class, so there is no score"
+        )
         lines.append(
-            f"warning: the labels hold no class but {present[0]!r}, so these scores say little; what is ignored, "
-            "255 unless classes.json has another ignore_index, counts nowhere"
+            f"warning: the labels hold {held}; what is ignored, 255 unless classes.json has another ignore_index, "
+            "counts nowhere"
         )
     lines += [f"skipped {name}: {reason}" for name, reason in skipped]
     return "\n".join(lines)

@@ -10,7 +10,7 @@ from glare import recipes
 from glare.errors import UserError
 from glare.recipes import required
 from glare.run_folder import RunFolder
-from glare.segmenters import image_processor, load_pretrained
+from glare.segmenters import image_processor, image_side, load_pretrained
 
 NOT_MERGED = (
     "the adapters of {name!r} cannot be merged into the weights ({reason}); for a plain checkpoint adapt with "
@@ -40,7 +40,7 @@ def export(recipe: ExportRecipe) -> PreTrainedModel:
     """
     RunFolder.check(recipe.output)
     model, normalise = load_pretrained(recipe.model)
-    size = model.config.backbone_config.image_size
+    size = image_side(model)
     try:
         vit = model.merge_and_unload()
     except ValueError as error:

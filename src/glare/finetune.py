@@ -36,6 +36,7 @@ from glare.finetune_step import cut_batch, learning_rates, train_step
 from glare.labelled_crops import TrainingCrops, scaled_sizes, to_device
 from glare.metrics import SegmentationScores
 from glare.model_card import write_card
+from glare.model_names import place_of
 from glare.preemption import Signals, stoppable
 from glare.recipes import option, required
 from glare.resuming import frozen_digest
@@ -67,6 +68,7 @@ from glare.segmenters import (
 )
 from glare.shares import check_shares
 from glare.views import Normalisation
+from glare.weight_files import weights_digest
 
 MAY_DIFFER_ON_RESUME = frozenset({"backbone_learning_rate", "learning_rate", "precision"})
 """Recipe keys that are a remedy for a run whose loss became infinite, and so may change with its ``--resume``."""
@@ -96,7 +98,9 @@ class FinetuneRecipe:
     crop_size: int | None = option(None, "side of the crops in px; derived from the images' short side where not given")
     base_scale: tuple[int, int] | None = option(None, "bring images to fit these two sides in px first, as 2048,512")
     scale: tuple[float, float] = option((0.5, 2.0), "lowest and highest random factor on that size")
-    dominant_share: float = option(0.75, "crops in which one class has this share are drawn anew, up to ten times")
+    dominant_share: float = option(
+        0.75, "crops in which one class has this share are drawn anew, up to ten times; 1: none"
+    )
     learning_rate: float | None = option(None, "peak, of the head; derived from the steps where not given")
     backbone_learning_rate: float | None = option(None, "peak, of everything else; derived where not given")
     warmup_steps: int | None = option(None, "linear warm-up; a tenth of the steps, at most 1500, where not given")
@@ -295,6 +299,7 @@ def judge(job: Job, model: PreTrainedModel) -> tuple[SegmentationScores, list[tu
 def finish(job: Job, model: PreTrainedModel, folder: RunFolder) -> None:
     """Write ``model/``, then evaluate where there are labels for it and write ``eval.json``."""
     if folder.write:
+        (folder.path / "eval.json").unlink(missing_ok=True)  # of a resumed run: the scores of fewer steps
         with folder.publish("model") as path:
             model.save_pretrained(path)
             patch = vit_of(model).patch_size
@@ -313,6 +318,7 @@ def finish(job: Job, model: PreTrainedModel, folder: RunFolder) -> None:
         print(table(scores, num_images=num_images, skipped=skipped))
         data, split = val_part(job.recipe)
         about = {"data": data, "split": split, "match": job.recipe.val_match, "model": str(folder.path / "model")}
+        about["weights_sha256"] = weights_digest(place_of(str(folder.path)))
         seed, sweep = job.recipe.seed, asked(job.recipe)
         entry = describe(scores, num_images=num_images, seed=seed, about=about, sweep=sweep)
         atomic_write_json(folder.path / "eval.json", entry)

@@ -144,7 +144,12 @@ def describe(facts: Facts, staged: Path) -> str:
         for origin in (facts.base, *facts.data_sets)
         if origin.licence.id is None
     ]
-    if facts.evaluation is None and facts.publication.kind in ("segmenter", "upernet"):
+    if facts.outdated:
+        lines.append(
+            "the scores in eval.json are of other weights and are left out; `glare evaluate --json RUN/eval.json` of "
+            "this model makes new ones"
+        )
+    elif facts.evaluation is None and facts.publication.kind in ("segmenter", "upernet"):
         lines.append("the card says that there is no evaluation; `glare evaluate --json RUN/eval.json` makes one")
     return "\n".join(lines)
 

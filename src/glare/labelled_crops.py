@@ -35,7 +35,7 @@ class TrainingCrops:
 
     size: side in px.
     scale: lowest and highest factor on the images' size, drawn uniformly.
-    dominant_share: crops in which one class has this share of the labelled points or more are drawn anew.
+    dominant_share: crops in which one class has this share of the labelled points or more are drawn anew; 1: none.
     normalise: of the model's input.
     base_scale: two sides in px; the size that ``scale`` acts on is the largest that fits them. None is the native size.
     """
@@ -116,8 +116,11 @@ def random_crops(size_px: Tensor, *, size: int, scale: tuple[float, float], draw
 def first_balanced(probe: Tensor, dominant_share: float) -> Tensor:
     """Number of the first candidate with two classes or more, none of them dominant; the last one if there is none.
 
+    With a ``dominant_share`` of 1 nothing is asked of it, as with mmsegmentation's ``cat_max_ratio``: the first one.
     ``probe`` (n, candidates, points) uint8 labels; the result is (n,) int64.
     """
+    if dominant_share >= 1:
+        return torch.zeros(len(probe), dtype=torch.int64, device=probe.device)
     counts = torch.zeros((*probe.shape[:2], 256), device=probe.device)
     counts.scatter_add_(2, probe.long(), torch.ones((), device=probe.device).expand(probe.shape))
     counts = counts[..., :IGNORED]

@@ -13,7 +13,7 @@ import jinja2
 from huggingface_hub import ModelCardData
 
 from glare import licences
-from glare.card_scores import SCORES, SEGMENTATION, Evaluation, model_index, read_evaluation
+from glare.card_scores import SCORES, SEGMENTATION, Evaluation, model_index, of_other_weights, read_evaluation
 from glare.comparison_words import verdicts_in
 from glare.errors import UserError, first_line, redacted
 from glare.licences import Licence
@@ -59,7 +59,10 @@ class Said:
 
 @dataclass(frozen=True)
 class Facts:
-    """All that a card says. ``stages`` have their data beside them; ``said`` is what the user added."""
+    """All that a card says. ``stages`` have their data beside them; ``said`` is what the user added.
+
+    ``outdated``: whether there are scores, but of other weights, so that they are left out.
+    """
 
     publication: Publication
     said: Said
@@ -68,6 +71,7 @@ class Facts:
     evaluation: Evaluation | None
     comparison: str | None
     licence: Licence
+    outdated: bool = False
 
     @property
     def data_sets(self) -> list[Origin]:
@@ -110,14 +114,17 @@ def facts_of(publication: Publication, said: Said | None = None, look_up: LookUp
     own = public_name(stages[-1].data) if stages else None
     trained = [(stage, _data_of(stage, own, said, look_up)) for stage in stages]
     parts = [base.licence, *(data.licence for _, data in trained)] if trained else [licences.UNKNOWN]
+    evaluation = read_evaluation(publication, own, said.data_name)
+    outdated = evaluation is not None and of_other_weights(evaluation, publication)
     return Facts(
         publication=publication,
         said=said,
         base=base,
         stages=trained,
-        evaluation=read_evaluation(publication, own, said.data_name),
+        evaluation=None if outdated else evaluation,
         comparison=None if said.comparison is None else verdicts_in(said.comparison),
         licence=Licence(said.license, "as given") if said.license else licences.combined(parts),
+        outdated=outdated,
     )
 
 
@@ -185,6 +192,7 @@ def _context(facts: Facts) -> dict[str, Any]:
         "papers": facts.papers,
         "load_from": facts.said.repo_id or "path/to/this/folder",
         "evaluation": facts.evaluation,
+        "outdated": facts.outdated,
         "comparison": facts.comparison,
         "stages": [
             {"title": stage.kind.title, "data": data, "settings": stage.settings} for stage, data in facts.stages

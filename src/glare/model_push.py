@@ -15,7 +15,7 @@ from glare.model_names import place_of
 from glare.modeling_glare import GlareModel, GlarePreTrainedModel
 from glare.publication import Publication, find
 from glare.run_folder import run_folder_of
-from glare.segmenters import image_processor, vit_of
+from glare.segmenters import image_processor, image_side, vit_of
 from glare.views import Normalisation
 
 PROCESSOR = "preprocessor_config.json"
@@ -79,11 +79,9 @@ def _write_processor(name: str, vit: GlareModel, folder: Path) -> None:
     if own is not None:
         (folder / PROCESSOR).write_bytes(own.read_bytes())
         return
-    size = vit.config.backbone_config.image_size
-    side = size if isinstance(size, int) else max(size)
     base = vit.backbone.name_or_path
     normalise = read_normalisation(base) if base else Normalisation()
-    image_processor(normalise, size=side, patch=vit.patch_size).save_pretrained(folder)
+    image_processor(normalise, size=image_side(vit), patch=vit.patch_size).save_pretrained(folder)
 
 
 def same_weights(left: Path, right: Path) -> bool:

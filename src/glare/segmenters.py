@@ -1,6 +1,6 @@
 """From a pre-trained ViT to a segmentation model: what fine-tuning starts from, what trains, how images enter it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -100,6 +100,12 @@ def _upernet(model: GlareModel, names: dict[int, str], *, pyramid: bool) -> PreT
 def vit_of(segmenter: PreTrainedModel) -> GlareModel:
     """The ViT below the head."""
     return segmenter.glare if isinstance(segmenter, GlareForSemanticSegmentation) else segmenter.backbone
+
+
+def image_side(vit: GlareModel) -> int:
+    """Side in px of the images that a ViT was made for, which its configuration may give as one number or as two."""
+    size: int | Sequence[int] = vit.config.backbone_config.image_size
+    return size if isinstance(size, int) else size[0]
 
 
 def select_trained(segmenter: PreTrainedModel, train_on: str) -> None:

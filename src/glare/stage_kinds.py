@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from glare.typed_values import MismatchError, read
+
 
 @dataclass(frozen=True)
 class Paper:
@@ -101,7 +103,7 @@ FINETUNE = Kind(
         "Head": "{head}",
         "Trained besides the head": "{train_on}",
         "Steps": "{steps} of {batch_size} crops of {crop_size} px",
-        "Learning rate": "{learning_rate} for the head, {backbone_learning_rate} below it, linear to 0",
+        "Learning rate": "{learning_rate} for the head",  # and more, by `finetuning_rate`
         "Seed": "{seed}",
     },
 )
@@ -118,5 +120,26 @@ def kind_of(recipe: Mapping[str, Any]) -> Kind | None:
     if not recipe.get("model"):
         return None
     if "mixup" not in recipe:
-        return FINETUNE
+        return replace(FINETUNE, settings={**FINETUNE.settings, "Learning rate": finetuning_rate(recipe)})
     return MIXUP if recipe["mixup"] else CLASSIFY
+
+
+def finetuning_rate(recipe: Mapping[str, Any]) -> str:
+    """How the rates of fine-tuning go, as `finetune_step.learning_rates` has them, with recipe keys in braces."""
+    peaks = {"learning_rate": "for the head"}
+    peaks |= {} if recipe.get("train_on") == "head" else {"backbone_learning_rate": "below it"}
+    parts = [f"{{{key}}} {what}" for key, what in peaks.items()]
+    parts += ["{warmup_steps} steps of warm-up"] * (recipe.get("warmup_steps") is not None)
+    floor = _number(recipe, "min_learning_rate", 0.0)
+    shape = "linear" if _number(recipe, "poly_power", 1.0) == 1 else "polynomial of power {poly_power}"
+    parts += [f"{shape} to {'{min_learning_rate}' if floor else '0'}"]
+    parts += ["constant where the peak is lower"] * any(_number(recipe, key, floor) < floor for key in peaks)
+    return ", ".join(parts)
+
+
+def _number(recipe: Mapping[str, Any], key: str, default: float) -> float:
+    """A number of a recipe, the ``default`` where there is none."""
+    try:
+        return float(read(float, recipe.get(key)))
+    except MismatchError:
+        return default
