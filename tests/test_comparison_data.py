@@ -1,15 +1,17 @@
 """Who trains and who tests, and which images belong together."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from labelled_samples import write_labelled
+from labelled_samples import write_labelled, write_yolo
 
-from glare.comparison_data import Pool, SplitPlan, divide, groups_of, open_pool, sample
+from glare.comparison_data import Pool, SplitPlan, check_chosen, divide, groups_of, open_pool, sample
 from glare.data.labelled import LabelledSet
 from glare.errors import UserError
+from glare.splits import Fold
 
 PLAN = SplitPlan(val_match=None, group_by=None, folds=None, seeds=2, seed=0)
 
@@ -74,6 +76,21 @@ def test_a_val_beside_several_other_splits_is_refused(tmp_path: Path) -> None:
         opened(tmp_path)
     (tmp_path / "site_a").rename(tmp_path / "train")
     assert opened(tmp_path).parts == ["train", "val"]
+
+
+def test_folders_of_splits_below_images_are_not_mixed_unasked(tmp_path: Path) -> None:
+    data = str(write_yolo(tmp_path, train=3, val=2))
+    with pytest.raises(UserError, match=r"random folds would mix; give --val-match 'val/\*', or --folds 5"):
+        check_chosen(open_pool(data, match="scene*"), PLAN, "scene*", data=data)
+    plan = replace(PLAN, val_match="val/*")
+    check_chosen(pool := opened(tmp_path), plan, None, data=data)
+    assert divide(pool, plan, data=data).folds == [[Fold([0, 1, 2], [3, 4])]]
+    for chosen in (replace(PLAN, folds=2), replace(PLAN, group_by="folder")):
+        check_chosen(pool, chosen, None, data=data)
+    check_chosen(opened(tmp_path, "train/*"), PLAN, "train/*", data=data)
+    data = str(write_yolo(tmp_path / "three", train=1, val=1, test=1))
+    with pytest.raises(UserError, match=r"give --match 'train/\*,val/\*' --val-match 'val/\*'"):
+        check_chosen(open_pool(data, match=None), PLAN, None, data=data)
 
 
 @pytest.mark.parametrize("split", ["val", "site_a"])

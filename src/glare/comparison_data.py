@@ -7,11 +7,12 @@ from pathlib import Path
 
 from glare.data.few_shot import drawn
 from glare.data.labelled import LabelledSet, default_split, open_labelled, split_for
+from glare.data.matching import matching
 from glare.data.raster_windows import AS_NEEDED, RasterReading, file_of
-from glare.data.sources import matching, splits
+from glare.data.sources import splits
 from glare.errors import UserError, first_line
 from glare.paths import local_path
-from glare.splits import Fold, group_of, k_fold, leave_one_group_out
+from glare.splits import Fold, group_of, k_fold, leave_one_group_out, split_folders
 
 SPLITS = ("train", "val")
 METADATA = "metadata.csv"
@@ -66,6 +67,18 @@ def open_pool(data: str, *, match: str | None, raster: RasterReading = AS_NEEDED
     parts = [name for name, part in zip(found, sets, strict=True) for _ in part.names]
     pool = Pool(_joined(sets, list(found)), parts)
     return pool.subset(matching(pool.data.names, match, data=data))
+
+
+def check_chosen(pool: Pool, plan: SplitPlan, match: str | None, *, data: str) -> None:
+    """Raise UserError where images lie in folders of several splits, among which nothing chose."""
+    found = split_folders(pool.data.names) if len(set(pool.parts)) == 1 else []
+    chosen = plan.val_match or plan.group_by or plan.folds or "/" in (match or "")
+    if len(found) > 1 and not chosen:
+        used = f"--match '{found[0]}/*,{found[1]}/*' " if len(found) > 2 else ""
+        raise UserError(
+            f"the images of {data!r} lie in its folders images/{' and images/'.join(found)}, which random folds would "
+            f"mix; give {used}--val-match '{found[1]}/*', or --folds {DEFAULT_FOLDS} for such folds"
+        )
 
 
 def _splits(data: str) -> dict[str, str | None]:

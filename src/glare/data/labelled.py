@@ -20,10 +20,11 @@ from glare.data.geotiff import Reader
 from glare.data.label_files import read_indices
 from glare.data.landcover import parse_landcover
 from glare.data.listing import image_names
+from glare.data.matching import matching
 from glare.data.opening import open_picture
 from glare.data.raster_windows import AS_NEEDED, RasterReading, list_parts
 from glare.data.raster_windows import Part as Picture
-from glare.data.sources import BadImage, Images, folder_images, matching, splits
+from glare.data.sources import BadImage, Images, folder_images, split_remedy, splits
 from glare.errors import UserError, shortened
 from glare.paths import kind_of, local_path, printable
 
@@ -102,7 +103,7 @@ def open_labelled(
             ``landcover:<domain>[:count[:seed]]``.
         split: sub-folder of ``data``, or train, val or test of the catalog's; None takes the images of ``data``
             itself, or its only split.
-        match: globs on file stems, comma-separated, a leading ``!`` excludes.
+        match: globs on file stems or paths, as of `open_source`.
         raster: how GeoTIFFs are read.
 
     Raises:
@@ -245,7 +246,7 @@ def _split_folder(data: Path, split: str | None) -> Path:
     found = splits(data)
     if split is not None:
         if split not in found:
-            others = f"it has {', '.join(found)}" if found else "leave split out"
+            others = split_remedy(data, split, found)
             raise UserError(f"labelled data {str(data)!r} has no split {split!r}; {others} ({LAYOUT})")
         return data / split
     if (data / "images").is_dir():
