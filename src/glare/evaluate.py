@@ -79,7 +79,7 @@ def run(recipe: EvaluateRecipe) -> SegmentationScores:
     check_classes(class_names(model), data.classes, model=recipe.model, data=recipe.data)
     if recipe.split is None and split is not None:
         print(f"evaluated on the split {split!r}; --split takes another one")
-    shared = trained_on(recipe.model, data, data=recipe.data, split=split)
+    shared = trained_on(recipe.model, data, data=recipe.data, split=split, raster=recipe.raster)
     if shared:
         print(f"warning: the model was trained on {shared:,} of these {len(data):,} images: new ones would score lower")
     sweep, splitter = sweep_for(model, recipe), ScoreSplitter(data.classes) if recipe.split_scores else None
