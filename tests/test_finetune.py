@@ -258,6 +258,17 @@ def test_folders_of_splits_below_images_have_to_be_chosen(recipe: FinetuneRecipe
     assert len(open_data(replace(recipe, match="train/*,val/*"))[0]) == 5
 
 
+def test_a_split_that_was_not_asked_for_is_said(
+    recipe: FinetuneRecipe, tmp_path: Path, log: pytest.LogCaptureFixture
+) -> None:
+    data = write_labelled(tmp_path / "data" / "test", 2).parent
+    open_data(replace(recipe, data=str(data), train_split="test"))
+    open_data(recipe)
+    assert not log.messages
+    open_data(replace(recipe, data=str(data)))
+    assert log.messages == [f"trains on the split 'test' of {str(data)!r}; --train-split takes another one"]
+
+
 def shared_images(recipe: FinetuneRecipe, **changes: Any) -> str:
     with pytest.raises(UserError, match="images to evaluate on are among those to train on") as caught:
         open_data(replace(recipe, **changes))

@@ -10,6 +10,7 @@ from glare.data.catalog import named
 from glare.data.few_shot import drawn
 from glare.data.labelled import IGNORE_INDEX, LabelledSet, PackedLabelled, open_labelled, split_for
 from glare.data.landcover import parse_landcover
+from glare.data.notices import say_once
 from glare.data.pets_study import STUDY_TEST, is_study
 from glare.data.sources import BadImage
 from glare.errors import UserError
@@ -31,6 +32,8 @@ def open_data(recipe: Any) -> tuple[LabelledSet, LabelledSet | None]:
     """
     train, (data, val_split) = open_train(recipe), val_part(recipe)
     _check_chosen(train, recipe)
+    if recipe.train_split is None and (taken := train_split(recipe)) not in (None, "train"):
+        say_once(f"trains on the split {taken!r} of {recipe.data!r}; --train-split takes another one")
     asked = (recipe.val_data, recipe.val_split, recipe.val_match) != (None, None, None)
     if not asked and val_split in (None, train_split(recipe)):
         if recipe.eval_every is not None:
