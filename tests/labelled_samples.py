@@ -35,3 +35,14 @@ def write_labelled(
     content = {"classes": classes or CLASSES, "ignore_index": 255, "palette": COLOURS.tolist()}
     (folder / "classes.json").write_text(json.dumps(content))
     return folder
+
+
+def write_yolo(folder: Path, **counts: int) -> Path:
+    """So many images of each split in ``images/<split>``, with their labels in ``labels/<split>``."""
+    for split, count in counts.items():
+        part = write_labelled(folder / "parts" / split, count)
+        for kind in ("images", "labels"):
+            (folder / kind).mkdir(parents=True, exist_ok=True)
+            (part / kind).rename(folder / kind / split)
+        (part / "classes.json").rename(folder / "classes.json")
+    return folder

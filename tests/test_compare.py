@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from forks import Forks
-from labelled_samples import CLASSES, write_labelled
+from labelled_samples import CLASSES, write_labelled, write_yolo
 from tiny_models import adapted_model, tiny_vit
 
 from glare import compare
@@ -157,6 +157,13 @@ def test_wrong_input_leaves_nothing_behind(
         run(models, data, tmp_path / "out", "adapted", **options)
     with pytest.raises(UserError, match="has adapters already"):
         run(models, data, tmp_path / "out", "adapted", base=str(models / "adapted"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_folders_of_splits_below_images_are_refused(models: Path, tmp_path: Path) -> None:
+    data = write_yolo(tmp_path / "yolo", train=2, val=2)
+    with pytest.raises(UserError, match=r"give --val-match 'val/\*'"):
+        run(models, data, tmp_path / "out", "adapted")
     assert not (tmp_path / "out").exists()
 
 

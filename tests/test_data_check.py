@@ -27,7 +27,7 @@ def noise(size: tuple[int, int], seed: int = 0) -> Image.Image:
 
 
 def problems(folder: Path) -> list[str]:
-    return advice(check(folder), NEEDS, data=str(folder))
+    return advice(check(folder), NEEDS)
 
 
 def only(lines: list[str], start: str) -> str:
@@ -53,7 +53,7 @@ def test_sizes_are_upright_and_modes_are_of_the_files(tmp_path: Path) -> None:
     assert set(sizes.values()) == {(90, 70)}
     expected = {"RGB": 2, "grey": 1, "RGB with transparency": 1, "palette": 1, "grey 16 bit": 1}
     assert found.modes == expected
-    lines = advice(found, NEEDS, data="d")
+    lines = advice(found, NEEDS)
     assert "1 of 6 images" in only(lines, "more than 8 bits") and "1 of 6 images" in only(lines, "transparent")
     assert "2 of 6 images" in only(lines, "grey among coloured")
 
@@ -81,7 +81,7 @@ def test_images_that_are_too_small_too_large_or_too_long(tmp_path: Path) -> None
     assert "1 of 5 images (large.png)" in only(lines, "reduced to a quarter or less")
     assert "2 of 5 images (long.png, tiny.png)" in only(lines, "3 times as long as wide")
     assert len(lines) == 4
-    kept = advice(check(tmp_path), Needs(global_size=32, image_size=0), data="d")
+    kept = advice(check(tmp_path), Needs(global_size=32, image_size=0))
     assert not [line for line in kept if "reduced" in line or "image_size" in line]
 
 
@@ -89,7 +89,7 @@ def test_nothing_to_complain_about(tmp_path: Path) -> None:
     for seed in range(3):
         noise((80, 72), seed).save(tmp_path / f"{seed}.png")
     found = check(tmp_path)
-    assert advice(found, NEEDS, data="d") == []
+    assert advice(found, NEEDS) == []
     text = describe(found, [])
     assert "no problems found" in text and "80 x 72 px, all of them" in text and "RGB 3" in text
     assert found == check(tmp_path, workers=1)
@@ -135,12 +135,12 @@ def test_near_duplicates_within_and_between_splits(tmp_path: Path) -> None:
     assert found.splits == {"train": 3, "val": 3}
     assert found.repeated == [Pair("train/images/train_2.png", "train/images/train_0.png", 0.0)]
     assert found.leaked == [Pair("val/images/val_2.png", "train/images/train_1.png", 0.0)]
-    lines = advice(found, NEEDS, data="d/")
+    lines = advice(found, NEEDS)
     assert "1 of 3 images of val (val/images/val_2.png = train/images/train_1.png)" in only(
         lines, "near-duplicates of images of train"
     )
     assert "1 of 3 images (train/images/train_2.png = " in only(lines, "near-duplicates of an earlier image of train")
-    assert only(lines, "glare pretrain takes").endswith("give d/train/images to keep the others unseen")
+    assert only(lines, "glare pretrain takes").endswith("give --split train to keep the others unseen")
     text = describe(found, lines)
     assert "1 within a split, 1 between train and the other splits" in text
     assert text.count("\n! ") == len(lines)
@@ -164,7 +164,7 @@ def test_labels_that_cannot_be_used_spare_their_images(tmp_path: Path) -> None:
         ["train/images/train_0.png"],
         ["val/images/val_1.png"],
     ]
-    lines = advice(found, NEEDS, data="d")
+    lines = advice(found, NEEDS)
     assert "it has no label" in only(lines, "labels of train that cannot be used")
     assert "has the values 9" in only(lines, "labels of val that cannot be used")
 

@@ -201,6 +201,27 @@ def test_scenes_of_the_same_seed_were_trained_on(tmp_path: Path) -> None:
         assert trained_on(str(tmp_path), open_labelled(data), data=data, split=None) == count
 
 
+def test_links_to_images_that_were_trained_on_are_counted(tmp_path: Path) -> None:
+    data = write_labelled(tmp_path / "data" / "train", 3).parent
+    write_labelled(data / "val", 2, prefix="other")
+    write_labelled(tmp_path / "apart", 1, prefix="other")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.yaml").write_text(f"data: {data}\n")
+
+    def counted(folder: Path, split: str | None = None) -> int:
+        images = open_labelled(str(folder), split=split)
+        return trained_on(str(run), images, data=str(folder), split=split)
+
+    assert (counted(data, "val"), counted(tmp_path / "apart")) == (0, 0)
+    for images in (data / "val" / "images", tmp_path / "apart" / "images"):
+        (images / "near.png").symlink_to(Path("..") / "images" / "far.png")
+        (images / "far.png").symlink_to(data / "train" / "images" / "scene_1.png")
+        (images / "round.png").symlink_to("round.png")
+        (images / "more").symlink_to(data / "train" / "images")
+    assert (counted(data, "val"), counted(tmp_path / "apart")) == (5, 5)  # two links and a linked folder of three
+
+
 def test_other_classes_are_refused_by_name(
     model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from forks import Forks
-from labelled_samples import CLASSES, write_labelled
+from labelled_samples import CLASSES, write_labelled, write_yolo
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, PreTrainedModel, pipeline
@@ -241,6 +241,34 @@ def test_parts_of_the_data(recipe: FinetuneRecipe, tmp_path: Path) -> None:
         open_data(replace(recipe, val_data="landcover:arid:2"))
     with pytest.raises(UserError, match="eval_every needs a validation part: give --val-split"):
         open_data(replace(recipe, eval_every=1))
+
+
+def test_folders_of_splits_below_images_have_to_be_chosen(recipe: FinetuneRecipe, tmp_path: Path) -> None:
+    write_yolo(tmp_path / "yolo", train=3, val=2)
+    recipe = replace(recipe, data=str(tmp_path / "yolo"))
+    message = "images/train and images/val, which would all train; give --match 'train/[*]' --val-match 'val/[*]'$"
+    for unchosen in ({}, {"match": "!*_9"}, {"val_match": "scene_0"}):
+        with pytest.raises(UserError, match=message):
+            open_data(replace(recipe, **unchosen))
+    with pytest.raises(UserError, match=r"which would all train; give --match 'train/[*]'$"):
+        open_data(replace(recipe, val_data="landcover:arid:2"))
+    with pytest.raises(UserError, match=r"has no split 'train'; leave split out and match 'train/\*'"):
+        open_data(replace(recipe, train_split="train"))
+    train, val = open_data(replace(recipe, match="train/*", val_match="val/*"))
+    assert list(train.names) == [f"train/scene_{i}.png" for i in range(3)]
+    assert val is not None and list(val.names) == ["val/scene_0.png", "val/scene_1.png"]
+    assert len(open_data(replace(recipe, match="train/*,val/*"))[0]) == 5
+
+
+def test_a_split_that_was_not_asked_for_is_said(
+    recipe: FinetuneRecipe, tmp_path: Path, log: pytest.LogCaptureFixture
+) -> None:
+    data = write_labelled(tmp_path / "data" / "test", 2).parent
+    open_data(replace(recipe, data=str(data), train_split="test"))
+    open_data(recipe)
+    assert not log.messages
+    open_data(replace(recipe, data=str(data)))
+    assert log.messages == [f"trains on the split 'test' of {str(data)!r}; --train-split takes another one"]
 
 
 def shared_images(recipe: FinetuneRecipe, **changes: Any) -> str:

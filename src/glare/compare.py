@@ -23,7 +23,7 @@ from torch import Tensor
 from glare import recipes
 from glare.backbones import load_backbone, read_normalisation
 from glare.comparison import CONTROL, UNTOUCHED, Comparison, DataResult, Health, Model, Price
-from glare.comparison_data import Pool, SplitPlan, open_pool, sample
+from glare.comparison_data import Pool, SplitPlan, check_chosen, open_pool, sample
 from glare.comparison_finetuning import FineTuning, finetuned_areas, finetuned_predictions
 from glare.comparison_models import Group, file_name, groups_of, load, untouched
 from glare.comparison_pictures import Side, draw
@@ -143,6 +143,8 @@ def open_subject(job: Job, number: int, name: str, pool: Pool) -> Subject:
         seeds=recipe.seeds or SEEDS[recipe.protocol],
         seed=recipe.seed,
     )
+    if main:
+        check_chosen(pool, plan, recipe.match, data=name)
     return read_subject(
         name,
         pool,

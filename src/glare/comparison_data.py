@@ -6,12 +6,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from glare.data.few_shot import drawn
-from glare.data.labelled import LabelledSet, default_split, open_labelled
+from glare.data.labelled import LabelledSet, default_split, open_labelled, split_for
+from glare.data.matching import matching
 from glare.data.raster_windows import AS_NEEDED, RasterReading, file_of
-from glare.data.sources import matching
+from glare.data.sources import splits
 from glare.errors import UserError, first_line
 from glare.paths import local_path
-from glare.splits import Fold, group_of, k_fold, leave_one_group_out
+from glare.splits import Fold, group_of, k_fold, leave_one_group_out, split_folders
 
 SPLITS = ("train", "val")
 METADATA = "metadata.csv"
@@ -57,16 +58,40 @@ class Division:
 def open_pool(data: str, *, match: str | None, raster: RasterReading = AS_NEEDED) -> Pool:
     """The images of the splits ``train`` and ``val`` of labelled data, or of all of it where it has no such.
 
-    Of a data set of the catalog without val, ``val`` is its test.
+    Of a data set of the catalog without val, ``val`` is its test. Beside a val the images in no split are ``train``.
     """
-    found = {name: split for name in SPLITS if (split := default_split(data, name)) is not None}
+    found = _splits(data)
     sets = [open_labelled(data, split=split, raster=raster) for split in found.values()]
-    sets = sets or [open_labelled(data, raster=raster)]
     if any(part.classes != sets[0].classes for part in sets):
         raise UserError(f"train and val of {data!r} have different classes; give both the same classes.json")
-    parts = [name for name, part in zip(found or [""], sets, strict=True) for _ in part.names]
+    parts = [name for name, part in zip(found, sets, strict=True) for _ in part.names]
     pool = Pool(_joined(sets, list(found)), parts)
     return pool.subset(matching(pool.data.names, match, data=data))
+
+
+def check_chosen(pool: Pool, plan: SplitPlan, match: str | None, *, data: str) -> None:
+    """Raise UserError where images lie in folders of several splits, among which nothing chose."""
+    found = split_folders(pool.data.names) if len(set(pool.parts)) == 1 else []
+    chosen = plan.val_match or plan.group_by or plan.folds or "/" in (match or "")
+    if len(found) > 1 and not chosen:
+        used = f"--match '{found[0]}/*,{found[1]}/*' " if len(found) > 2 else ""
+        raise UserError(
+            f"the images of {data!r} lie in its folders images/{' and images/'.join(found)}, which random folds would "
+            f"mix; give {used}--val-match '{found[1]}/*', or --folds {DEFAULT_FOLDS} for such folds"
+        )
+
+
+def _splits(data: str) -> dict[str, str | None]:
+    """Part of a pool -> split of ``data``, None for images in no split. UserError for val without one to train on."""
+    val, train = default_split(data, "val"), split_for(data, "train")
+    if val is None:
+        return {"" if default_split(data, "train") is None else "train": train}
+    if train is None and not (local_path(data) / "images").is_dir():
+        others = ", ".join(name for name in splits(local_path(data)) if name != val)
+        raise UserError(
+            f"labelled data {data!r} has several splits besides {val!r}: {others}; rename the one to train on to train"
+        )
+    return {"val": val} if train == val else {"train": train, "val": val}
 
 
 def sample(pool: Pool, count: int, *, seed: int) -> Pool:
@@ -88,32 +113,34 @@ def divide(pool: Pool, plan: SplitPlan, *, data: str) -> Division:
     count = len(pool.data)
     everything = list(range(count))
     chosen = matching(pool.data.names, plan.val_match, data=data) if plan.val_match else everything
+    tested = set(chosen)
     if plan.group_by is not None:
         groups = groups_of(pool, plan.group_by, data=data)
-        folds = _testing(leave_one_group_out(groups), chosen)
+        folds = _testing(leave_one_group_out(groups), tested)
         return Division([folds], groups, False, f"leave one group out, {len(folds)} groups by {plan.group_by!r}")
     if plan.folds is None and plan.val_match is not None:
         if len(chosen) == count:
             raise UserError(f"val_match {plan.val_match!r} leaves no image of {data!r} to train on; select fewer")
-        fold = Fold([i for i in everything if i not in set(chosen)], chosen)
+        fold = Fold([i for i in everything if i not in tested], chosen)
         return Division([[fold]], None, False, f"measured on {plan.val_match}, trained on the rest")
     given = [[i for i in everything if pool.parts[i] == name] for name in SPLITS]
     if plan.folds is None and all(given):
         return Division([[Fold(*given)]], None, False, "the given train and val")
     number = plan.folds or min(DEFAULT_FOLDS, count)
-    drawn = [_testing(k_fold(count, number, seed=plan.seed + seed), chosen) for seed in range(plan.seeds)]
+    drawn = [_testing(k_fold(count, number, seed=plan.seed + seed), tested) for seed in range(plan.seeds)]
     return Division(drawn, None, True, f"{number} random folds, drawn {plan.seeds} times")
 
 
-def _testing(folds: list[Fold], chosen: Sequence[int]) -> list[Fold]:
+def _testing(folds: list[Fold], chosen: set[int]) -> list[Fold]:
     """The folds with only ``chosen`` images tested, those that then test none left out."""
-    tests = [sorted(set(fold.test) & set(chosen)) for fold in folds]
+    tests = [[image for image in fold.test if image in chosen] for fold in folds]
     return [replace(fold, test=test) for fold, test in zip(folds, tests, strict=True) if test]
 
 
 def groups_of(pool: Pool, group_by: str, *, data: str) -> list[str]:
     """The group of each image: a column of ``metadata.csv``, or by its file name as in ``splits.group_of``."""
-    folders = {part: local_path(data) / (default_split(data, part) or "") for part in dict.fromkeys(pool.parts)}
+    found = _splits(data)
+    folders = {part: local_path(data) / (found.get(part) or "") for part in dict.fromkeys(pool.parts)}
     tables = {part: table for part, folder in folders.items() if (table := _read_column(folder, group_by)) is not None}
     if len(tables) < len(folders):
         return [group_of(name, group_by) for name in pool.data.names]

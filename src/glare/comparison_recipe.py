@@ -23,8 +23,10 @@ class CompareRecipe:
     protocol: str = option("linear", "frozen features and ridge; neighbours; full fine-tuning", choices=tuple(PROBES))
     foreign: tuple[str, ...] = option((), "models adapted in the same way to images of another domain")
     forgetting: tuple[str, ...] = option((), "labelled data that no model was adapted to")
-    match: str | None = option(None, "globs on file stems to use at all, comma-separated, ! excludes")
-    val_match: str | None = option(None, "globs on file stems to measure on; the others train")
+    match: str | None = option(
+        None, "globs on file stems, or paths with a /, to use at all, comma-separated, ! excludes"
+    )
+    val_match: str | None = option(None, "globs to measure on, as 'val/*'; the others train")
     group_by: str | None = option(
         None, "leave one group out: prefix, folder, a column of metadata.csv, or a regular expression with a group"
     )

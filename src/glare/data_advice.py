@@ -22,15 +22,15 @@ class Needs:
     image_size: int
 
 
-def advice(check: DataCheck, needs: Needs, *, data: str) -> list[str]:
+def advice(check: DataCheck, needs: Needs) -> list[str]:
     """One line for each problem: what it is, how many images have it, and what to do about it."""
-    lines = [*_of_files(check, data), *_of_modes(check), *_of_sizes(check, needs), *_of_duplicates(check)]
+    lines = [*_of_files(check), *_of_modes(check), *_of_sizes(check, needs), *_of_duplicates(check)]
     for labels in check.labels:
         lines += _of_labels(labels)
     return lines + list(_of_classes(check.labels))
 
 
-def _of_files(check: DataCheck, data: str) -> Iterator[str]:
+def _of_files(check: DataCheck) -> Iterator[str]:
     if check.unreadable:
         total = len(check.names) + len(check.unreadable)
         listed = "; ".join(f"{name}: {reason}" for name, reason in check.unreadable[:LISTED])
@@ -39,7 +39,7 @@ def _of_files(check: DataCheck, data: str) -> Iterator[str]:
         others = " and ".join(split for split in check.splits if split != TRAIN)
         yield (
             f"glare pretrain takes the images of all splits, {others} too; "
-            f"give {data.rstrip('/')}/{TRAIN}/images to keep the others unseen"
+            f"give --split {TRAIN} to keep the others unseen"
         )
 
 

@@ -51,7 +51,7 @@ class EvaluateRecipe:
     model: str = required(help="run folder of glare finetune, its model folder, or a Hub id")
     data: str = required(help="labelled folder, landcover:<domain>[:count[:seed]], or of the catalog (loveda:FOLDER)")
     split: str | None = option(None, "sub-folder of the data or split of the catalog; val, or test, where there is one")
-    match: str | None = option(None, "globs on file stems, comma-separated, ! excludes")
+    match: str | None = option(None, "globs on file stems, or paths with a /, comma-separated, ! excludes")
     json: Path | None = option(None, "file to write the scores to")
     window: int | None = option(None, "side in px of sliding windows; by default only above 1536 px, of 1024 px")
     stride: int | None = option(None, "distance of sliding windows in px; two thirds of the window by default")
@@ -84,7 +84,7 @@ def run(recipe: EvaluateRecipe) -> SegmentationScores:
     check_classes(class_names(model), data.classes, model=recipe.model, data=recipe.data)
     if recipe.split is None and split is not None:
         print(f"evaluated on the split {split!r}; --split takes another one")
-    shared = trained_on(recipe.model, data, data=recipe.data, split=split)
+    shared = trained_on(recipe.model, data, data=recipe.data, split=split, raster=recipe.raster)
     if shared:
         print(f"warning: the model was trained on {shared:,} of these {len(data):,} images: new ones would score lower")
     sweep, splitter = sweep_for(model, recipe), ScoreSplitter(data.classes) if recipe.split_scores else None

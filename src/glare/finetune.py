@@ -85,12 +85,14 @@ class FinetuneRecipe:
     pyramid: bool = option(False, "fpn, upernet: rescale the taps to 4, 2, 1 and 1/2 of the patch grid first")
     train_on: str = option("full", "what trains besides the head: everything, the adapters, nothing", choices=TRAINED)
     train_split: str | None = option(None, "sub-folder to train on; train where there is one")
-    match: str | None = option(None, "globs on file stems to train on, comma-separated, ! excludes")
+    match: str | None = option(
+        None, "globs on file stems, or paths as 'train/*', to train on, comma-separated, ! excludes"
+    )
     fraction: float = option(1.0, "train on this share of the images only, as 0.1 or 1/32, drawn with the seed")
     num_images: int | None = option(None, "train on this many images only, drawn with the seed")
     val_data: str | None = option(None, "data to evaluate on, if it is not a part of --data")
     val_split: str | None = option(None, "sub-folder to evaluate on; val, or test, where there is one")
-    val_match: str | None = option(None, "globs on file stems to evaluate on")
+    val_match: str | None = option(None, "globs to evaluate on, as 'val/*'")
     eval_every: int | None = option(None, "evaluate every so many steps too, not only at the end")
     steps: int | None = option(None, "optimizer steps; derived from the number of images where not given")
     batch_size: int | None = option(None, "crops a step over all processes; 4 on a CPU, 8 on a GPU where not given")

@@ -10,9 +10,11 @@ from glare.data.catalog import named
 from glare.data.few_shot import drawn
 from glare.data.labelled import IGNORE_INDEX, LabelledSet, PackedLabelled, open_labelled, split_for
 from glare.data.landcover import parse_landcover
+from glare.data.notices import say_once
 from glare.data.pets_study import STUDY_TEST, is_study
 from glare.data.sources import BadImage
 from glare.errors import UserError
+from glare.splits import split_folders
 
 PIECE = 2**24  # pixels that are counted at once
 MOST_NAMES = 10
@@ -25,9 +27,13 @@ def open_data(recipe: Any) -> tuple[LabelledSet, LabelledSet | None]:
         recipe: a `FinetuneRecipe`.
 
     Raises:
-        UserError: the parts have different classes or share images, or nothing of what to evaluate on can be read.
+        UserError: the parts have different classes or share images, images to train on lie in folders of several
+            splits, or nothing of what to evaluate on can be read.
     """
     train, (data, val_split) = open_train(recipe), val_part(recipe)
+    _check_chosen(train, recipe)
+    if recipe.train_split is None and (taken := train_split(recipe)) not in (None, "train"):
+        say_once(f"trains on the split {taken!r} of {recipe.data!r}; --train-split takes another one")
     asked = (recipe.val_data, recipe.val_split, recipe.val_match) != (None, None, None)
     if not asked and val_split in (None, train_split(recipe)):
         if recipe.eval_every is not None:
@@ -46,6 +52,17 @@ def open_data(recipe: Any) -> tuple[LabelledSet, LabelledSet | None]:
         )
     _check_readable(val, strict=recipe.strict)
     return train, val
+
+
+def _check_chosen(train: LabelledSet, recipe: Any) -> None:
+    """Raise UserError where images lie in folders of several splits, and no glob on folders chose among them."""
+    found = split_folders(train.names)
+    if len(found) > 1 and "/" not in (recipe.match or ""):
+        measured = "" if recipe.val_data or recipe.val_split else f" --val-match '{found[1]}/*'"
+        raise UserError(
+            f"the images of {recipe.data!r} lie in its folders images/{' and images/'.join(found)}, which would all "
+            f"train; give --match '{found[0]}/*'{measured}"
+        )
 
 
 def open_train(part: Any) -> LabelledSet:

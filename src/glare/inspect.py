@@ -83,7 +83,7 @@ def run(given: Mapping[str, Any]) -> DataCheck:
         raster=recipe.raster,
     )
     needs = Needs(global_size=training.views.global_size, image_size=training.image_size or 0)
-    lines = advice(check, needs, data=recipe.data)
+    lines = advice(check, needs)
     print(describe(check, lines))
     if recipe.json is not None:
         recipe.json.parent.mkdir(parents=True, exist_ok=True)

@@ -71,7 +71,7 @@ class PretrainRecipe:
     data: str = required("folder, Hub id, parquet or tar shards, landcover:<domain>[:count[:seed]], loveda:FOLDER")
     output: Path = required("run folder to write")
     split: str | None = option(None, "sub-folder of a folder, or split of other data; all of a folder, else train")
-    match: str | None = option(None, "globs on file stems, comma-separated, ! excludes")
+    match: str | None = option(None, "globs on file stems, or paths with a /, comma-separated, ! excludes")
     fraction: float = option(1.0, "train on this share of the images only, as 0.1 or 1/32, drawn with the seed")
     objective: str = option("glare", "what is learned", choices=tuple(OBJECTIVES))
     adapter: str = option("uniadapter", "what trains in the backbone", choices=ADAPTERS)

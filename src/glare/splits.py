@@ -8,6 +8,7 @@ from pathlib import PurePath
 
 import torch
 
+from glare.data.archives import OTHER_NAMES
 from glare.errors import UserError
 
 INNER_PARTS, MOST_PARTS = 5, 10
@@ -49,6 +50,12 @@ def leave_one_group_out(groups: Sequence[str]) -> list[Fold]:
             "on; group them by something that differs, or leave --group-by out"
         )
     return [_without(part, range(len(groups))) for part in _by_group(range(len(groups)), groups)]
+
+
+def split_folders(names: Sequence[str]) -> list[str]:
+    """The outermost folders of images that are called like a split (train, val, test), in that order."""
+    found = {name.partition("/")[0] for name in names if "/" in name}
+    return [name for usual in OTHER_NAMES.values() for name in usual if name in found]
 
 
 def group_of(name: str, pattern: str) -> str:

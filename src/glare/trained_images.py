@@ -6,10 +6,11 @@ from pathlib import Path
 from glare import recipes
 from glare.data.catalog import named
 from glare.data.labelled import LabelledSet
-from glare.data.raster_windows import RasterReading
+from glare.data.raster_windows import AS_NEEDED, RasterReading
+from glare.data.same_files import resolved
 from glare.errors import UserError
 from glare.finetune_data import open_train, train_split
-from glare.paths import kind_of, local_path
+from glare.paths import kind_of, local_path, printable
 from glare.recipes import option, required
 from glare.run_folder import run_folder_of
 from glare.yaml_files import read_mapping
@@ -28,17 +29,22 @@ class TrainedPart:
     raster: RasterReading = option(RasterReading(), "")
 
 
-def trained_on(model: str, evaluated: LabelledSet, *, data: str, split: str | None) -> int:
+def trained_on(
+    model: str, evaluated: LabelledSet, *, data: str, split: str | None, raster: RasterReading = AS_NEEDED
+) -> int:
     """How many images of ``evaluated``, which is ``data`` and ``split``, the recipe beside ``model`` trains on.
 
-    0 where there is no such recipe, or its data is elsewhere or gone.
+    Where GeoTIFFs are read by another ``raster`` than there, all windows of a file count that was trained on. 0 where
+    there is no such recipe, or its data is elsewhere or gone.
     """
     run = run_folder_of(model)
     if run is None:
         return 0
     try:
         part = read_part(run / "recipe.yaml")
-        return evaluated.shared(open_train(part)) if _may_share(part, data, split) else 0
+        if not _may_share(part, evaluated, data, split):
+            return 0
+        return evaluated.shared(open_train(part), windows=part.raster == raster)
     except UserError:
         return 0
 
@@ -49,14 +55,19 @@ def read_part(file: Path) -> TrainedPart:
     return recipes.from_dict(TrainedPart, {key: value for key, value in read_mapping(file).items() if key in names})
 
 
-def _may_share(part: TrainedPart, data: str, split: str | None) -> bool:
-    """Whether it is worth while to list what was trained on: one place is in the other, and nothing is downloaded."""
+def _may_share(part: TrainedPart, images: LabelledSet, data: str, split: str | None) -> bool:
+    """Whether it is worth while to list what was trained on, and nothing is downloaded for it.
+
+    It is where one place is in the other, or links lead from ``images``, which are of ``data``, to what was trained on.
+    """
     if part.data.startswith("landcover:"):
         return data.startswith("landcover:")
     trained, evaluated = _place(part.data), _place(data)
     if kind_of(trained) != "folder":
         return part.data == data and train_split(part) == split
-    return trained.is_relative_to(evaluated) or evaluated.is_relative_to(trained)
+    if trained.is_relative_to(evaluated) or evaluated.is_relative_to(trained):
+        return True
+    return any(file.startswith(f"{printable(str(trained))}/") for file in resolved(images.origin, images.names))
 
 
 def _place(data: str) -> Path:

@@ -20,6 +20,7 @@ from glare.data.labelled import open_labelled
 from glare.data.raster_windows import RasterReading, file_of
 from glare.data.sources import BEHIND_TRANSPARENT, BadImage, Images, open_source
 from glare.errors import UserError
+from glare.trained_images import trained_on
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tiled": {"tiled": True, "blockxsize": 64, "blockysize": 64, "compress": "deflate"},
@@ -292,6 +293,25 @@ def test_labels_are_paired_with_windows(tmp_path: Path) -> None:
         assert image.size == (32, 32) and np.array_equal(label, truth[top : top + 32, left : left + 32])
     image, label = open_labelled(str(tmp_path), raster=RasterReading(tile=0)).read(0)
     assert np.array_equal(label, truth)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "reading", "count"),
+    [
+        ("raster: {tile: 32}\n", RasterReading(tile=32), 9),
+        ("raster: {tile: 32}\n", RasterReading(tile=48), 4),
+        ("raster: {tile: 32}\n", RasterReading(), 1),
+        ("raster: {tile: null}\n", RasterReading(tile=32), 9),
+        ("raster: {tile: 32}\nnum_images: 5\n", RasterReading(tile=32), 5),
+    ],
+)
+def test_a_scene_was_trained_on_however_it_is_cut(
+    recipe: str, reading: RasterReading, count: int, tmp_path: Path
+) -> None:
+    data = str(write_scene(tmp_path / "data"))
+    (tmp_path / "recipe.yaml").write_text(f"data: {data}\n{recipe}")
+    evaluated = open_labelled(data, raster=reading)
+    assert trained_on(str(tmp_path), evaluated, data=data, split=None, raster=reading) == count
 
 
 def test_a_small_picture_may_have_a_tiff_as_label(tmp_path: Path) -> None:

@@ -156,13 +156,31 @@ def test_one_image_is_a_source(tmp_path: Path) -> None:
         ("tile[13]_*, !tile1_003", ["tile1_001", "tile3_001"]),
         ("!*_001", ["tile1_003"]),
         ("tile3_001,tile2*", ["tile2_001", "tile3_001"]),
+        ("x/*", ["tile1_001"]),
+        ("x/tile1_001, y/*_001.jpg", ["tile1_001", "tile2_001"]),
+        ("tile*, !y/*", ["tile1_001", "tile1_003", "tile3_001"]),
     ],
 )
-def test_match_selects_by_stem(tmp_path: Path, match: str | None, left: list[str]) -> None:
+def test_match_selects_by_stem_or_path(tmp_path: Path, match: str | None, left: list[str]) -> None:
     write(tmp_path, "x/tile1_001.png", "tile1_003.png", "y/tile2_001.jpg", "tile3_001.png")
     source = open_source(str(tmp_path), match=match)
     assert sorted(Path(name).stem for name in source.names) == left
     assert [source.read(index).size for index in range(len(source))] == [(9, 7)] * len(left)
+
+
+def test_a_match_with_a_slash_fits_from_any_folder_on(tmp_path: Path) -> None:
+    write(tmp_path, "images/train/a.png", "images/train/b/c.png", "images/val/a.png", "images/retrain/a.png")
+    source = open_source(str(tmp_path), match="train/*")
+    assert source.names == ["images/train/a.png", "images/train/b/c.png"]
+    assert open_source(str(tmp_path), match="images/val/a").names == ["images/val/a.png"]
+
+
+def test_a_split_below_images_is_chosen_by_match(tmp_path: Path) -> None:
+    write(tmp_path, "images/train/a.png", "images/val/a.png", "labels/train/a.png")
+    with pytest.raises(UserError, match=r"no split 'train', .*; leave split out and match 'train/\*'$"):
+        open_source(str(tmp_path), split="train")
+    with pytest.raises(UserError, match=r"no split 'test', .*; leave split out$"):
+        open_source(str(tmp_path), split="test")
 
 
 def test_a_match_that_selects_none_is_an_error(tmp_path: Path) -> None:

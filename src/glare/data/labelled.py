@@ -20,11 +20,13 @@ from glare.data.geotiff import Reader
 from glare.data.label_files import read_indices
 from glare.data.landcover import parse_landcover
 from glare.data.listing import image_names
+from glare.data.matching import matching
 from glare.data.opening import open_picture
-from glare.data.raster_windows import AS_NEEDED, RasterReading, list_parts
+from glare.data.raster_windows import AS_NEEDED, RasterReading, file_of, list_parts
 from glare.data.raster_windows import Part as Picture
+from glare.data.same_files import resolved
 from glare.data.shards import SPLIT_NAMES
-from glare.data.sources import BadImage, Images, folder_images, matching, splits
+from glare.data.sources import BadImage, Images, folder_images, split_remedy, splits
 from glare.errors import UserError, shortened
 from glare.paths import kind_of, local_path, printable
 
@@ -68,12 +70,18 @@ class LabelledSet:
         kept = list(indices)
         return replace(self, names=[self.names[i] for i in kept], load=lambda index: self.load(kept[index]))
 
-    def shared(self, other: "LabelledSet") -> int:
-        """How many of these images are among those of ``other``, too."""
+    def shared(self, other: "LabelledSet", *, windows: bool = True) -> int:
+        """How many of these images are among those of ``other``, too, links followed.
+
+        ``windows`` of a file are images of their own, unless the sets may cut it in other ways.
+        """
         if not (self.origin and other.origin):
             return 0
-        theirs = {f"{other.origin}/{name}" for name in other.names}
-        return sum(f"{self.origin}/{name}" in theirs for name in self.names)
+        mine, theirs = (resolved(part.origin, part.names) for part in (self, other))
+        if not windows:
+            mine, theirs = ([file_of(name) for name in names] for names in (mine, theirs))
+        known = set(theirs)
+        return sum(name in known for name in mine)
 
 
 @dataclass(frozen=True)
@@ -103,7 +111,7 @@ def open_labelled(
             ``landcover:<domain>[:count[:seed]]``.
         split: sub-folder of ``data``, or train, val or test of the catalog's; None takes the images of ``data``
             itself, or its only split.
-        match: globs on file stems, comma-separated, a leading ``!`` excludes.
+        match: globs on file stems or paths, as of `open_source`.
         raster: how GeoTIFFs are read.
 
     Raises:
@@ -246,7 +254,7 @@ def _split_folder(data: Path, split: str | None) -> Path:
     found = splits(data)
     if split is not None:
         if split not in found:
-            others = f"it has {', '.join(found)}" if found else "leave split out"
+            others = split_remedy(data, split, found)
             raise UserError(f"labelled data {str(data)!r} has no split {split!r}; {others} ({LAYOUT})")
         return data / split
     if (data / "images").is_dir():

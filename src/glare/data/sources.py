@@ -8,8 +8,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,6 +22,7 @@ from glare.data.landcover import parse_landcover
 from glare.data.listing import EXTENSIONS, extension_of, image_names
 from glare.data.listing import image_files as image_files
 from glare.data.listing import natural as natural
+from glare.data.matching import matching
 from glare.data.opening import open_picture, reason_of
 from glare.data.raster_windows import AS_NEEDED, Parts, list_parts
 from glare.data.raster_windows import RasterReading as RasterReading
@@ -125,7 +125,8 @@ def open_source(
         split: sub-folder of a folder with ``<split>/images``, train, val or test of the catalog's, or a split that
             `datasets` finds in a table or on the Hub; None takes all images of a folder, else train, or the largest
             split of a table without train.
-        match: globs on file stems, comma-separated, a leading ``!`` excludes: ``tile[134]_*,!tile1_003``.
+        match: globs on file stems, comma-separated, a leading ``!`` excludes: ``tile[134]_*,!tile1_003``. One with a
+            ``/`` is held against the path, from its start or from any folder on: ``train/*``.
         raster: how the GeoTIFFs of folders are read.
 
     Raises:
@@ -160,9 +161,16 @@ def split_folder(folder: Path, split: str | None) -> Path:
         return folder
     found = splits(folder)
     if split not in found:
-        others = f"it has {', '.join(found)}" if found else "leave split out"
+        others = split_remedy(folder, split, found)
         raise UserError(f"folder {str(folder)!r} has no split {split!r}, which would be {split}/images; {others}")
     return folder / split
+
+
+def split_remedy(folder: Path, split: str, found: Sequence[str]) -> str:
+    """What to do where ``split`` is none of the splits ``found`` in a folder."""
+    if found:
+        return f"it has {', '.join(found)}"
+    return "leave split out" + (f" and match '{split}/*'" if kind_of(folder / "images" / split) == "folder" else "")
 
 
 def splits(folder: Path) -> list[str]:
@@ -180,25 +188,6 @@ def check_no_split(data: str, split: str | None) -> None:
             f"data {data!r} has no splits to choose from, {split!r} was asked for; leave split out (only data sets of "
             "the catalog and the Hub, tables, and folders with <split>/images have them)"
         )
-
-
-def matching(names: Sequence[str], match: str | None, *, data: str) -> list[int]:
-    """Indices of the names whose stem fits ``match`` (see `open_source`); UserError if none does."""
-    patterns = [pattern for part in (match or "").split(",") if (pattern := part.strip())]
-    wanted = [pattern for pattern in patterns if not pattern.startswith("!")]
-    unwanted = [pattern[1:] for pattern in patterns if pattern.startswith("!")]
-
-    def fits(stem: str) -> bool:
-        included = not wanted or any(fnmatchcase(stem, pattern) for pattern in wanted)
-        return included and not any(fnmatchcase(stem, pattern) for pattern in unwanted)
-
-    kept = [index for index, name in enumerate(names) if fits(PurePosixPath(name).stem)]
-    if not kept:
-        raise UserError(
-            f"match {match!r} selects none of the {len(names)} images of {data!r}; "
-            f"give comma-separated globs on file stems such as {PurePosixPath(names[0]).stem!r}"
-        )
-    return kept
 
 
 def fit(size: tuple[int, int], short_side: int | None) -> tuple[int, int]:
