@@ -52,13 +52,15 @@ def write(folder: Path, *names: str) -> None:
         noise(seed).save(folder / name)
 
 
-def grey_png(bits: int, packed_row: bytes, *, width: int, height: int = 1) -> bytes:
-    """A grey PNG of one row, made by hand."""
+def grey_png(
+    bits: int, packed_row: bytes, *, width: int, height: int = 1, colour: int = 0, interlaced: bool = False
+) -> bytes:
+    """A PNG of one row, made by hand; grey, or of the given type of ``colour``."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
-    header = struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, interlaced)
     body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" + packed_row)) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + body
 
@@ -447,6 +449,27 @@ def test_adobe_cmyk_jpeg() -> None:
 def test_16_bits_by_the_depth_in_use(kind: str, values: list[int], expected: list[int]) -> None:
     image = Image.fromarray(np.array([values], np.uint16))
     assert read(encode(image, kind)).tolist() == [[[v, v, v] for v in expected]]
+
+
+@pytest.mark.parametrize("interlaced", [False, True])
+@pytest.mark.parametrize("most", [255, 256, 3000, 4095, 4096, 65535])
+@pytest.mark.parametrize("bands", [2, 3, 4])
+def test_16_bit_colours_by_the_depth_in_use(bands: int, most: int, interlaced: bool, tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(0, most + 1, (1, 1 if interlaced else 40, bands))
+    values[0, 0] = most
+    values[..., 3 if bands == 4 else 1 if bands == 2 else bands :] = 65535  # alpha
+    colour = {2: 4, 3: 2, 4: 6}[bands]
+    data = grey_png(16, values.astype(">u2").tobytes(), width=values.shape[1], colour=colour, interlaced=interlaced)
+    (tmp_path / "1.png").write_bytes(data)
+    expected = to_rgb8(Image.fromarray(values[..., 0].astype(np.uint16)))
+    tolerance = 1 if most > 4095 else 0  # by the high byte
+    for found in (read(data), np.asarray(open_source(str(tmp_path)).read(0))):
+        assert np.abs(found[..., 0].astype(int) - np.asarray(expected)[..., 0]).max() <= tolerance
+
+
+def test_half_transparent_16_bit_colours_keep_their_alpha() -> None:
+    data = grey_png(16, np.array([3000, 0, 4095, 0], ">u2").tobytes(), width=1, colour=6)
+    assert read(data).tolist() == [[list(BEHIND_TRANSPARENT)]]
 
 
 @pytest.mark.parametrize(
