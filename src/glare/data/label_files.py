@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import ImageFile
 
 from glare.data.notices import say_once
 from glare.data.opening import open_picture, reason_of
@@ -13,7 +14,9 @@ from glare.data.tiff_header import nodata_of
 from glare.paths import printable
 
 GREY_STEPS = {"L;2": 85, "L;4": 17}
-"""Pillow spreads grey PNGs of 2 and 4 bits to 0..255 by these factors."""
+"""Pillow spreads grey PNGs and TIFFs of 2 and 4 bits to 0..255 by these factors."""
+LOSSY = ("JPEG", "MPO", "PPM", "WEBP", "jpeg", "tiff_jpeg", "webp")
+"""Formats, and compressions of TIFFs, of which Pillow may give other values than were written."""
 
 
 def read_indices(file: Path | BytesIO, name: str, size: tuple[int, int]) -> NDArray[Any]:
@@ -38,6 +41,12 @@ def _read(file: Path | BytesIO, name: str, size: tuple[int, int]) -> tuple[NDArr
     except Exception as error:  # Pillow's readers let almost any exception out on a broken file
         raise _unreadable(name, error) from error
     with label:
+        coding = label.info.get("compression") if label.format == "TIFF" else label.format
+        if coding in LOSSY:
+            raise ValueError(
+                f"its label {name} is {coding} inside, which may change the indices of classes; write it as PNG "
+                "from what it was made of"
+            )
         if len(label.getbands()) > 1 or label.mode == "F":
             raise ValueError(
                 f"its label {name} is a colour picture (mode {label.mode}); "
@@ -49,12 +58,19 @@ def _read(file: Path | BytesIO, name: str, size: tuple[int, int]) -> tuple[NDArr
                 "give them the same size"
             )
         try:
-            step = GREY_STEPS.get(str(label.tile[0].args), 1) if label.tile else 1
+            step = _grey_step(label)
             nodata = nodata_of(label)
             values = np.asarray(label)
         except Exception as error:
             raise _unreadable(name, error) from error
     return values // step if step > 1 else values.astype(np.int64), nodata
+
+
+def _grey_step(label: ImageFile.ImageFile) -> int:
+    """The factor by which Pillow spreads the values of a label that is not decoded yet."""
+    args = label.tile[0].args if label.tile else None
+    raw = args[0] if isinstance(args, tuple) and args else args  # a TIFF's are more than one
+    return GREY_STEPS.get(str(raw)[:3], 1)  # with more letters where bits are in another order, or white is 0
 
 
 def means_nothing(nodata: float, file: Path, *, num_classes: int, ignore: int) -> bool:
