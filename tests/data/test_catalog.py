@@ -410,7 +410,26 @@ def test_values_that_are_no_class_spoil_the_image(tmp_path: Path) -> None:
         found = open_labelled(f"ade20k:{tmp_path}", split="val")
         with pytest.raises(BadImage, match=rf"ADE_3.png has the values {shown}; allowed in ADE20K are 0 to 150"):
             found.read(0)
-    assert CATALOG["cityscapes"].values.allowed == "0 to 18 and 255"
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_a_wrong_value_of_cityscapes_is_told_which_ids_are_expected_there(tmp_path: Path) -> None:
+    archive = ARCHIVES["cityscapes, ids"]
+    archive.write(tmp_path / "archive")
+    save(tmp_path / "archive" / archive.labels("val")[0], Image.new("L", (34, 3), 40))
+    (tmp_path / "tables").mkdir()
+    save(tmp_path / "26.png", Image.new("L", (20, 3), 26))
+    picture = {"bytes": (tmp_path / "26.png").read_bytes(), "path": None}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Image()})
+    rows = datasets.Dataset.from_dict({"image": [picture], "label": [picture]}, features=features)
+    rows.to_parquet(tmp_path / "tables" / "val.parquet")
+    for place, expected_text in (
+        ("tables", "has the values 26; allowed in Cityscapes are the train ids 0 to 18 and 255: give labels of these"),
+        ("archive", "has the values 40; allowed in Cityscapes are the label ids 0 to 33: give labels of these"),
+    ):
+        found = open_labelled(f"cityscapes:{tmp_path / place}", split="val")
+        with pytest.raises(BadImage, match=expected_text):
+            found.read(0)
 
 
 def test_labels_that_are_missing(tmp_path: Path) -> None:

@@ -1,22 +1,27 @@
+import io
 import logging
+import os
 import struct
 import subprocess
 import sys
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 pytest.importorskip("rasterio", reason="the extra geotiff is not installed")
 
 from raster_samples import TRANSFORM, noise, write_raster, write_scene
 
-from glare.data import geotiff
+from glare.data import geotiff, label_files
 from glare.data.cache import pack
 from glare.data.geotiff import CACHE_BYTES, Box, Reader, open_raster
 from glare.data.labelled import open_labelled
+from glare.data.opening import open_picture
 from glare.data.raster_windows import RasterReading, file_of
 from glare.data.sources import BEHIND_TRANSPARENT, BadImage, Images, open_source
 from glare.errors import UserError
@@ -340,6 +345,42 @@ def test_one_band_of_16_bits_may_be_image_and_label(
     assert np.array_equal(open_labelled(str(tmp_path)).read(0)[1], truth[0])
 
 
+def test_windows_of_one_png_label_are_cut_from_one_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_scene(tmp_path, side=96)
+    (tmp_path / "labels" / "scene.tif").unlink()
+    file, decoded = tmp_path / "labels" / "scene.png", list[object]()
+    truth = noise(1, 96, 96, dtype="uint8", low=0, high=3)[0]
+    Image.fromarray(truth).save(file)
+
+    def opened(given: Path | io.BytesIO) -> ImageFile.ImageFile:
+        decoded.append(given)
+        return open_picture(given)
+
+    monkeypatch.setattr(label_files, "open_picture", opened)
+    data = open_labelled(str(tmp_path), raster=RasterReading(tile=32, bands=(2, 3, 4)))
+    with ThreadPoolExecutor(4) as threads:
+        labels = list(threads.map(lambda index: data.read(index)[1], range(len(data))))
+    assert np.array_equal(np.block([labels[row : row + 3] for row in (0, 3, 6)]), truth)
+    assert decoded == [file]
+    Image.fromarray(2 - truth).save(file)
+    os.utime(file, ns=(0, 0))
+    assert np.array_equal(data.read(4)[1], (2 - truth)[32:64, 32:64])
+
+
+def test_a_large_png_label_is_held_in_its_own_type(tmp_path: Path) -> None:
+    side = 3000
+    write_scene(tmp_path, side=96)
+    write_raster(tmp_path / "images" / "scene.tif", np.ones((1, side, side), np.uint16), tiled=True)
+    (tmp_path / "labels" / "scene.tif").unlink()
+    Image.new("L", (side, side)).save(tmp_path / "labels" / "scene.png")
+    data = open_labelled(str(tmp_path))
+    tracemalloc.start()
+    data.read(0)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 6 * side**2  # 8 bytes a pixel would be more
+
+
 def test_labels_without_data_are_ignored(tmp_path: Path) -> None:
     write_scene(tmp_path, side=64)
     values = np.full((1, 64, 64), 2, np.int16)
@@ -402,6 +443,13 @@ def test_unfit_labels_are_named(label: np.ndarray[Any, Any] | None, reason: str,
     data = open_labelled(str(tmp_path), raster=RasterReading(tile=32))
     with pytest.raises(BadImage, match=reason):
         data.read(0)
+
+
+def test_a_label_whose_compression_changes_its_values_is_refused(tmp_path: Path) -> None:
+    write_scene(tmp_path, side=64)
+    write_raster(tmp_path / "labels" / "scene.tif", noise(1, 64, 64, dtype="uint8", high=3), compress="JPEG")
+    with pytest.raises(BadImage, match=r"scene.tif cannot be used: it is jpeg inside, which may change the indices"):
+        open_labelled(str(tmp_path)).read(0)
 
 
 def refused(file: Path, **keys: Any) -> str:

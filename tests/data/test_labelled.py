@@ -1,6 +1,8 @@
 """Labelled folders and scenes: what is accepted, what each mistake is told, and how they are packed."""
 
 import json
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +188,49 @@ def test_grey_labels_of_2_and_4_bits_are_not_spread(tmp_path: Path, bits: int, r
     picture(0, width=4, height=1).save(tmp_path / "images" / "a.png")
     (tmp_path / "labels" / "a.png").write_bytes(grey_png(bits, row, width=4))
     assert open_labelled(str(tmp_path)).read(0)[1].tolist() == [[0, 1, 2, 3]]
+
+
+def tiff_of_few_bits(bits: int, row: bytes, *, compression: int) -> bytes:
+    """A grey TIFF of one row of 4 px, made by hand."""
+    data = zlib.compress(row) if compression == 8 else row
+    tags = [(256, 4), (257, 1), (258, bits), (259, compression), (262, 1)]
+    tags += [(273, 8), (277, 1), (278, 1), (279, len(data))]
+    entries = b"".join(struct.pack("<HHII", tag, 4 if tag in (273, 279) else 3, 1, value) for tag, value in tags)
+    padded = data + bytes(-len(data) % 2)
+    return struct.pack("<2sHI", b"II", 42, 8 + len(padded)) + padded + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+@pytest.mark.parametrize("compression", [1, 8])
+@pytest.mark.parametrize(("bits", "row"), [(2, bytes([0b00011011])), (4, bytes([0x01, 0x23]))])
+def test_grey_tiff_labels_of_2_and_4_bits_are_not_spread(
+    tmp_path: Path, bits: int, row: bytes, compression: int
+) -> None:
+    write_classes(tmp_path, classes=[f"class {i}" for i in range(60)])
+    write(tmp_path, "a.png", 0)
+    picture(0, width=4, height=1).save(tmp_path / "images" / "a.png")
+    (tmp_path / "labels" / "a.png").unlink()
+    (tmp_path / "labels" / "a.tif").write_bytes(tiff_of_few_bits(bits, row, compression=compression))
+    assert open_labelled(str(tmp_path)).read(0)[1].tolist() == [[0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "found"),
+    [
+        ("tile9.png", {"format": "JPEG"}, "JPEG"),
+        ("tile9.png", {"format": "PPM"}, "PPM"),
+        ("tile9.tif", {"compression": "jpeg"}, "jpeg"),
+    ],
+)
+def test_labels_whose_format_changes_their_values_are_refused(
+    folder: Path, name: str, options: dict[str, Any], found: str
+) -> None:
+    (folder / "labels" / "tile9.png").unlink()
+    Image.fromarray(np.zeros((4, 6), np.uint8)).save(folder / "labels" / name, **options)
+    labelled = open_labelled(str(folder), match="tile9")
+    with pytest.raises(
+        BadImage, match=rf"its label .*{name} is {found} inside, which may change the indices .*; write it"
+    ):
+        labelled.read(0)
 
 
 @pytest.mark.parametrize("ignore", [0, 7, 255, 65535])

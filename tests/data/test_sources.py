@@ -52,13 +52,15 @@ def write(folder: Path, *names: str) -> None:
         noise(seed).save(folder / name)
 
 
-def grey_png(bits: int, packed_row: bytes, *, width: int, height: int = 1) -> bytes:
-    """A grey PNG of one row, made by hand."""
+def grey_png(
+    bits: int, packed_row: bytes, *, width: int, height: int = 1, colour: int = 0, interlaced: bool = False
+) -> bytes:
+    """A PNG of one row, made by hand; grey, or of the given type of ``colour``."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
-    header = struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, interlaced)
     body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" + packed_row)) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + body
 
@@ -119,9 +121,76 @@ def test_folders_called_like_labels_are_left_out_beside_images(
     assert open_source(str(tmp_path / labels)).names == ["train/1.png"]
 
 
-def test_a_folder_called_like_labels_alone_holds_images(tmp_path: Path) -> None:
-    write(tmp_path, "masks/1.png", "faces/2.png")
-    assert open_source(str(tmp_path)).names == ["faces/2.png", "masks/1.png"]
+@pytest.mark.parametrize(("images", "labels"), [("photos/a", "masks"), ("sat", "gt"), ("faces/x/y", "Annotations")])
+def test_folders_called_like_labels_are_left_out_beside_any_pictures(
+    images: str, labels: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path, f"{images}/1.png", f"{labels}/1.png", f"{labels}/masks/2.png")
+    assert open_source(str(tmp_path)).names == [f"{images}/1.png"]
+    assert caplog.messages == [f"{labels} of {str(tmp_path)!r} left out as labels by the name"]
+
+
+def test_labels_inside_the_folder_of_their_pictures_are_left_out_however_many(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path, *(f"{i}/{name}" for i in range(7) for name in ("1.png", "masks/1.png")))
+    assert open_source(str(tmp_path)).names == [f"{i}/1.png" for i in range(7)]
+    shown = ", ".join(f"{i}/masks" for i in range(5))
+    assert caplog.messages == [f"{shown} and 2 more of {str(tmp_path)!r} left out as labels by the name"]
+
+
+def test_folders_called_like_labels_alone_hold_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path, "masks/1.png", "gt/2.png", "notes/labels/3_mask.png", "notes/labels/4_mask.png")
+    (tmp_path / "empty").mkdir()
+    listed = ["gt/2.png", "masks/1.png", "notes/labels/3_mask.png", "notes/labels/4_mask.png"]
+    assert open_source(str(tmp_path)).names == listed
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize(
+    ("pictures", "labels", "ending"),
+    [
+        (["0_sat.jpg", "1_sat.jpg", "2_sat.jpg"], ["0_mask.png", "1_mask.png"], "_mask"),
+        (["x_1.png", "x_2.png", "x_3_other.png"], ["x_1-Label.png", "x_2-label.tif"], "-label"),
+        (["a.b.png", "c.png"], ["a.b_ground_truth.png", "c_ground_truth.png"], "_ground_truth"),
+    ],
+)
+def test_files_called_like_the_labels_of_their_neighbours_are_left_out(
+    pictures: list[str], labels: list[str], ending: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path, *(f"deep/{name}" for name in pictures + labels))
+    assert open_source(str(tmp_path)).names == [f"deep/{name}" for name in sorted(pictures)]
+    count = f"{len(labels)} files *{ending}.* of {str(tmp_path)!r}"
+    assert caplog.messages == [f"{count} left out as labels of the pictures beside them, by the name"]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["1_label.png", "2_label.png", "3_label.png"],
+        ["1_label.png", "1_mask.png", "2_label.png", "2_mask.png"],
+        ["man.png", "man_mask.png", "woman.png"],  # not many
+        ["cat_1.png", "cat_mask.png", "dog_1.png", "dog_mask.png"],
+        ["1.png", "1_gt.png", "2_gt.png", "3_gt.png"],  # whose pictures are not all there
+        ["1_gt.png", "1_sat.png", "2_gt.png", "2_other.png"],
+    ],
+)
+def test_files_called_like_labels_that_are_none_are_images(
+    names: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path, *names)
+    assert open_source(str(tmp_path)).names == names
+    assert caplog.messages == []
+
+
+def test_what_lies_beside_images_and_labels_is_said_to_be_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path, "x/images/1.png", "x/labels/1.png", "x/extra/2.png", "x/3.png", "x/4.png")
+    for _ in range(2):
+        assert open_source(str(tmp_path)).names == ["x/images/1.png"]
+    beside = f"x/extra, 2 pictures beside x/images of {str(tmp_path)!r}"
+    assert caplog.messages == [f"{beside} left out: beside labels only images is taken"]
 
 
 def test_links_are_followed_once_and_loops_end(tmp_path: Path) -> None:
@@ -403,6 +472,27 @@ def test_adobe_cmyk_jpeg() -> None:
 def test_16_bits_by_the_depth_in_use(kind: str, values: list[int], expected: list[int]) -> None:
     image = Image.fromarray(np.array([values], np.uint16))
     assert read(encode(image, kind)).tolist() == [[[v, v, v] for v in expected]]
+
+
+@pytest.mark.parametrize("interlaced", [False, True])
+@pytest.mark.parametrize("most", [255, 256, 3000, 4095, 4096, 65535])
+@pytest.mark.parametrize("bands", [2, 3, 4])
+def test_16_bit_colours_by_the_depth_in_use(bands: int, most: int, interlaced: bool, tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(0, most + 1, (1, 1 if interlaced else 40, bands))
+    values[0, 0] = most
+    values[..., 3 if bands == 4 else 1 if bands == 2 else bands :] = 65535  # alpha
+    colour = {2: 4, 3: 2, 4: 6}[bands]
+    data = grey_png(16, values.astype(">u2").tobytes(), width=values.shape[1], colour=colour, interlaced=interlaced)
+    (tmp_path / "1.png").write_bytes(data)
+    expected = to_rgb8(Image.fromarray(values[..., 0].astype(np.uint16)))
+    tolerance = 1 if most > 4095 else 0  # by the high byte
+    for found in (read(data), np.asarray(open_source(str(tmp_path)).read(0))):
+        assert np.abs(found[..., 0].astype(int) - np.asarray(expected)[..., 0]).max() <= tolerance
+
+
+def test_half_transparent_16_bit_colours_keep_their_alpha() -> None:
+    data = grey_png(16, np.array([3000, 0, 4095, 0], ">u2").tobytes(), width=1, colour=6)
+    assert read(data).tolist() == [[list(BEHIND_TRANSPARENT)]]
 
 
 @pytest.mark.parametrize(

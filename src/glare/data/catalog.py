@@ -5,7 +5,7 @@ Hub id of tables with an image and a label column). To add one: its classes in `
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -150,9 +150,9 @@ CITYSCAPES_TRAIN_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27
 
 def _cityscapes() -> Entry:
     """Folders, counts and ids: README.md and helpers/labels.py of github.com/mcordts/cityscapesScripts."""
-    train_ids = counted(19, ignored=(255,))
+    train_ids = replace(counted(19, ignored=(255,)), name="the train ids")
     others = frozenset(range(34)) - frozenset(CITYSCAPES_TRAIN_IDS)
-    ids = LabelValues({value: k for k, value in enumerate(CITYSCAPES_TRAIN_IDS)}, others)
+    ids = LabelValues({value: k for k, value in enumerate(CITYSCAPES_TRAIN_IDS)}, others, "the label ids")
     labels = tuple(
         LabelFile((("leftImg8bit/", "gtFine/"), ("_leftImg8bit.", f"_gtFine_{kind}.")), values)
         for kind, values in (("labelTrainIds", train_ids), ("labelIds", ids))

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from glare.data.label_files import means_nothing
+from glare.data.label_files import LOSSY, LastLabel, means_nothing
 from glare.data.opening import MAX_PIXELS
 from glare.errors import UserError, first_line
 from glare.paths import kind_of
@@ -76,9 +76,13 @@ def is_installed() -> bool:
 
 
 class Reader:
-    """Opens rasters one at a time, whichever thread asks; the last one stays open and keeps its decoded blocks."""
+    """Opens rasters one at a time, whichever thread asks; the last one stays open and keeps its decoded blocks.
+
+    ``last_label`` does so for labels that are no rasters.
+    """
 
     def __init__(self) -> None:
+        self.last_label = LastLabel()
         self._file: Path | None = None
         self._dataset: Any = None
         self._cache = CACHE_BYTES
@@ -288,6 +292,11 @@ def read_classes(
         if dataset.count != 1 or np.dtype(dataset.dtypes[0]).kind not in "iu":
             raise ValueError(
                 f"it has {dataset.count} bands of {dataset.dtypes[0]}; write one band of whole numbers, class indices"
+            )
+        if (coding := str(dataset.profile.get("compress")).lower()) in LOSSY:
+            raise ValueError(
+                f"it is {coding} inside, which may change the indices of classes; write it from what it was made of, "
+                "without that"
             )
         if (dataset.width, dataset.height) != whole[2:]:
             raise ValueError(

@@ -239,7 +239,7 @@ def _archived(part: Part) -> LabelledSet:
             reason = (
                 f"its label {label.name} has the values {unknown}; allowed in {entry.title} are {label.values.allowed}"
             )
-            raise BadImage(images.name(index), f"{reason}: give the labels as its archive has them") from unknown
+            raise BadImage(images.name(index), f"{reason}: give labels of these values") from unknown
 
     palette = np.array(entry.classes.palette, np.uint8)
     return LabelledSet(list(entry.classes.names), palette, images.names, load, origin=part.origin)

@@ -22,19 +22,24 @@ NEAR = 5
 
 @dataclass(frozen=True)
 class LabelValues:
-    """What the values of a label mean: ``classes`` value -> class index, and the values that count nowhere."""
+    """What the values of a label mean: ``classes`` value -> class index, and the values that count nowhere.
+
+    ``name``: what they are called, where a data set has several such numbers.
+    """
 
     classes: Mapping[int, int]
     ignored: frozenset[int] = frozenset()
+    name: str = ""
 
     @property
     def allowed(self) -> str:
-        """The values, such as ``0 to 18 and 255``."""
+        """The values, such as ``0 to 18 and 255``, with what they are called."""
         values = sorted({*self.classes, *self.ignored})
         starts = [v for v in values if v - 1 not in values]
         ends = [v for v in values if v + 1 not in values]
         runs = [f"{a} to {b}" if a < b else str(a) for a, b in zip(starts, ends, strict=True)]
-        return " and ".join(filter(None, (", ".join(runs[:-1]), runs[-1])))
+        listed = " and ".join(filter(None, (", ".join(runs[:-1]), runs[-1])))
+        return f"{self.name} {listed}" if self.name else listed
 
     def indices(self, values: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Class indices, 255 for what is ignored, of values of any shape. Raises ValueError that lists all others."""

@@ -2,37 +2,19 @@
 
 import os
 import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from glare.data.label_names import IMAGES, label_files, label_folders
+from glare.data.label_names import LABELS as LABELS
 from glare.data.notices import say_once
 from glare.errors import UserError
 
 EXTENSIONS = ("jpg", "jpeg", "png", "bmp", "gif", "webp", "tif", "tiff", "ppm", "pgm", "jp2")
-IMAGES = frozenset(["images", "image", "imgs", "img", "img_dir", "images_png", "jpegimages", "leftimg8bit", "rgb"])
-LABELS = frozenset(
-    [
-        "labels",
-        "label",
-        "masks",
-        "mask",
-        "annotations",
-        "annotation",
-        "ann_dir",
-        "masks_png",
-        "annots",
-        "gt",
-        "gtfine",
-        "groundtruth",
-        "ground_truth",
-        "trimaps",
-        "segmentation",
-        "segmentationclass",
-        "segmentationclasscontext",
-        "segmentationobject",
-    ]
-)
-"""Names of folders, in small letters, that hold labels where one of ``IMAGES`` lies beside them."""
 NUMBER = re.compile(r"\d+")
+MOST_NAMES = 5  # that one line lists
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -45,39 +27,99 @@ def image_names(folder: Path) -> list[str]:
 
     Each linked folder counts once, and a link to a folder that holds ``folder`` is not followed. Hidden files and
     folders are left out, and in a folder with ``images`` and ``labels`` all but ``images``. Other folders that are
-    called like ones of labels and lie beside one of images are left out, too, which is said. What is named like an
-    image is listed as it is; whether it can be read shows when it is. Raises UserError for a folder that cannot be
-    listed.
+    called like ones of labels are left out where images lie beside them, and so are files that are called like the
+    labels of their neighbours (see `label_names`). What is left out is said, but for ``labels`` beside ``images``.
+    What is named like an image is listed as it is; whether it can be read shows when it is. Raises UserError for a
+    folder that cannot be listed.
     """
-    found: list[str] = []
-    seen = {_identity(above) for above in folder.resolve().parents}
+    walk = _Walk(folder, seen={_identity(above) for above in folder.resolve().parents})
     pending = [""]
     while pending:
-        prefix = pending.pop()
-        try:
-            here = _identity(folder / prefix)
-            if here in seen:
-                continue
-            folders, files = _entries(folder / prefix)
-        except OSError as error:
-            raise UserError(
-                f"folder {error.filename!r} cannot be listed ({error.strerror}); make it readable or move it away"
-            ) from None
-        seen.add(here)
+        walk.through(pending)
+        doubtful, walk.doubtful = walk.doubtful, []
+        for name in doubtful:  # all of them before any is walked through
+            if _above(name) in walk.holding:
+                walk.labels.append(name)
+            else:
+                pending.append(f"{name}/")
+    for line in walk.left_out():
+        say_once(line)
+    return sorted(walk.found, key=natural)
+
+
+@dataclass
+class _Walk:
+    """What is known of ``folder`` so far; all names are paths in it, those of folders that are walked end in a slash.
+
+    ``holding``: folders with images anywhere below. ``doubtful``: folders that hold labels if images lie beside them.
+    ``labels``, ``endings`` (of files, and how many) and ``others`` are left out, the last for no name of theirs.
+    """
+
+    folder: Path
+    seen: set[tuple[int, int]]
+    found: list[str] = field(default_factory=list)
+    holding: set[str] = field(default_factory=set)
+    doubtful: list[str] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
+    endings: Counter[str] = field(default_factory=Counter)
+    others: list[str] = field(default_factory=list)
+
+    def through(self, pending: list[str]) -> None:
+        """Walk through the folders ``pending``, the last first, and all below that are not doubtful."""
+        while pending:
+            prefix = pending.pop()
+            try:
+                here = _identity(self.folder / prefix)
+                if here in self.seen:
+                    continue
+                folders, files = _entries(self.folder / prefix)
+            except OSError as error:
+                raise UserError(
+                    f"folder {error.filename!r} cannot be listed ({error.strerror}); make it readable or move it away"
+                ) from None
+            self.seen.add(here)
+            folders, files = self._chosen(prefix, folders, files)
+            self.found += [prefix + name for name in files]
+            pending += [f"{prefix}{name}/" for name in sorted(folders, reverse=True)]
+            above = prefix
+            while files and above not in self.holding:
+                self.holding.add(above)
+                above = _above(above.removesuffix("/"))
+
+    def _chosen(self, prefix: str, folders: list[str], files: list[str]) -> tuple[list[str], list[str]]:
+        """The folders and files at ``prefix`` that are taken for images."""
         if {"images", "labels"} <= set(folders):
-            folders, files = ["images"], []
-        elif labels := _of_labels(folders):
-            say_once(f"{', '.join(prefix + name for name in labels)} of {str(folder)!r} left out as labels by the name")
-            folders = [name for name in folders if name not in labels]
-        found += [prefix + name for name in files]
-        pending += [f"{prefix}{name}/" for name in sorted(folders, reverse=True)]
-    return sorted(found, key=natural)
+            self.others += [f"{prefix}{name}" for name in sorted(folders) if name not in ("images", "labels")]
+            self.others += [f"{len(files)} pictures beside {prefix}images"] if files else []
+            return ["images"], []
+        labels = label_folders(folders)
+        beside_images = not IMAGES.isdisjoint(name.lower() for name in folders)
+        (self.labels if beside_images else self.doubtful).extend(prefix + name for name in labels)
+        named = label_files(files)
+        self.endings.update({ending: len(names) for ending, names in named.items()})
+        aside = {name for names in named.values() for name in names}
+        return [name for name in folders if name not in labels], [name for name in files if name not in aside]
+
+    def left_out(self) -> Iterator[str]:
+        """One line on each kind of what is left out."""
+        place = repr(str(self.folder))
+        if self.labels:
+            yield f"{_listed(self.labels)} of {place} left out as labels by the name"
+        for ending, count in self.endings.items():
+            yield f"{count} files *{ending}.* of {place} left out as labels of the pictures beside them, by the name"
+        if self.others:
+            yield f"{_listed(self.others)} of {place} left out: beside labels only images is taken"
 
 
-def _of_labels(folders: list[str]) -> list[str]:
-    """Those of the neighbouring ``folders`` that hold labels by their names."""
-    known = {name.lower() for name in folders}
-    return sorted(name for name in folders if name.lower() in LABELS) if known & IMAGES else []
+def _listed(names: list[str]) -> str:
+    """The first of some names, and how many more there are."""
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return ", ".join(names[:MOST_NAMES]) + more
+
+
+def _above(name: str) -> str:
+    """The folder that holds what is called so, with a slash; the first of all is empty."""
+    return name[: name.rfind("/") + 1]
 
 
 def natural(name: str) -> tuple[str, str]:

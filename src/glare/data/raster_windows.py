@@ -9,7 +9,6 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -101,13 +100,15 @@ class Part:
 
         Raises ValueError, which says why, where there are no such indices.
         """
-        read = partial(label_files.read_classes, file, num_classes=num_classes, ignore=ignore)
         if self.raster is None or self.box is None:
-            return read(size)
+            return label_files.read_classes(file, size, num_classes=num_classes, ignore=ignore)
         whole = self.raster.whole
         if file.suffix.lower() not in SUFFIXES or not file.is_file():
+            if not self.cut:
+                return label_files.read_classes(file, whole[2:], num_classes=num_classes, ignore=ignore)
             left, top, width, height = self.box
-            return read((whole.width, whole.height))[top : top + height, left : left + width]
+            part = slice(top, top + height), slice(left, left + width)
+            return reader.last_label.read_classes(file, whole[2:], part, num_classes=num_classes, ignore=ignore)
         try:
             return geotiff.read_classes(file, reader, self.box, whole, num_classes=num_classes, ignore=ignore)
         except ValueError as error:

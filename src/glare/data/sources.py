@@ -17,6 +17,7 @@ from PIL import Image
 
 from glare.data.archives import open_part
 from glare.data.catalog import check_unnamed, named, suggestion
+from glare.data.deep_colours import file_of_deep_colours, scaled_colours
 from glare.data.geotiff import Raster
 from glare.data.landcover import parse_landcover
 from glare.data.listing import EXTENSIONS, extension_of, image_names
@@ -203,10 +204,10 @@ def to_rgb8(image: Image.Image) -> Image.Image:
 
     Transparent parts are laid over ImageNet's mean colour, so that no-data areas normalise to about 0.
 
-    Values of more than 8 bits are scaled by the depth that the image uses: up to 255 as they are, up to 4095 as 12
-    bits, up to 65535 as 16 bits; floating-point values up to 1 from 0..1, larger ones likewise. An image outside
-    all of these (negative values too) is stretched from its least to its greatest value; NaN and infinity are
-    black.
+    Grey values of more than 8 bits, and colours in PNGs of 16 bits, are scaled by the depth that the image uses: up to
+    255 as they are, up to 4095 as 12 bits, up to 65535 as 16 bits; floating-point values up to 1 from 0..1, larger
+    ones likewise. An image outside all of these (negative values too) is stretched from its least to its greatest
+    value; NaN and infinity are black. Colours in other formats are scaled by the depth that the file declares.
     """
     rgb = _to_rgb(image)
     return _upright(rgb, image)
@@ -225,7 +226,10 @@ def _read(image: Image.Image, short_side: int | None) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    deep = file_of_deep_colours(image)
     image.load()
+    if deep is not None:
+        image = scaled_colours(image, deep)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return Image.fromarray(_scale_to_8_bit(np.asarray(image))).convert("RGB")
     if image.has_transparency_data:
