@@ -8,7 +8,7 @@ from pathlib import PurePath
 
 import torch
 
-from glare.data.archives import OTHER_NAMES
+from glare.data.shards import SPLIT_NAMES
 from glare.errors import UserError
 
 INNER_PARTS, MOST_PARTS = 5, 10
@@ -55,7 +55,7 @@ def leave_one_group_out(groups: Sequence[str]) -> list[Fold]:
 def split_folders(names: Sequence[str]) -> list[str]:
     """The outermost folders of images that are called like a split (train, val, test), in that order."""
     found = {name.partition("/")[0] for name in names if "/" in name}
-    return [name for usual in OTHER_NAMES.values() for name in usual if name in found]
+    return [name for usual in SPLIT_NAMES.values() for name in usual if name in found]
 
 
 def group_of(name: str, pattern: str) -> str:
