@@ -3,6 +3,7 @@
 import json
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from glare import compare
 from glare.compare import CompareRecipe
 from glare.comparison import BETTER, SAME, WORSE, Comparison
 from glare.errors import UserError
-from glare.recipes import parse
+from glare.recipes import parse, to_yaml
 
 COMMON: dict[str, Any] = {"device": "cpu", "precision": "fp32", "short_side": 32, "controls": 3}
 
@@ -181,3 +182,22 @@ def test_repeated_test_images_are_counted(
         shutil.copy(film / kind / "tile0_0.png", film / kind / "tile0_9.png")
     found = run(models, film, tmp_path / "out", "adapted", folds=2)
     assert found.data[0].repeats == linear[0].data[0].repeats + 1
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(("protocol", "key", "value"), [("linear", "steps", 60), ("fpn", "device", "auto")])
+def test_resume_with_what_changes_a_result_is_refused(
+    protocol: str, key: str, value: Any, models: Path, data: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    given = {"base": str(models / "base"), "adapted": (str(models / "adapted"),), "data": str(data), "output": folder}
+    begun = CompareRecipe(**{**COMMON, **given, "protocol": protocol, "steps": 2})
+    (folder / "recipe.yaml").write_text(to_yaml(begun))  # of a comparison that was stopped
+    before = contents(folder)
+    with pytest.raises(UserError, match=f"has another recipe: {key} was {getattr(begun, key)} and is {value};"):
+        compare.run(replace(begun, resume=True, **{key: value}))
+    assert contents(folder) == before

@@ -36,6 +36,7 @@ from glare.health import collapse, mean_cosine
 from glare.modeling_glare import GlareModel
 from glare.price import inference_overhead, price
 from glare.report import Picture, summary, write_report
+from glare.resuming import CHANGE_NO_RESULT
 from glare.run_folder import RunFolder, run_folder_of
 from glare.run_lock import released
 from glare.runtime import make_accelerator
@@ -93,7 +94,7 @@ def run(recipe: CompareRecipe) -> Comparison:
     folder = RunFolder(recipe.output, write=True)
     job = Job(recipe, accelerator, base, read_normalisation(recipe.base), folder)
     subjects = [open_subject(job, *numbered) for numbered in zip(range(len(data)), data, pools, strict=True)]
-    RunFolder.create(recipe.output, resume=recipe.resume).begin(recipe)
+    RunFolder.create(recipe.output, resume=recipe.resume).begin(recipe, free=free_on_resume(recipe.protocol))
 
     # controls, measurements, verdicts
     draws = {row.name: make_controls(job, row, subjects[0], number) for number, row in enumerate(rows)}
@@ -128,6 +129,11 @@ def run(recipe: CompareRecipe) -> Comparison:
     print(summary(comparison))
     print(f"report: {page}")
     return comparison
+
+
+def free_on_resume(protocol: str) -> frozenset[str]:
+    """Recipe keys that may change when a comparison goes on: fine-tunings take their batch and crop from the device."""
+    return CHANGE_NO_RESULT - {"device"} if protocol == "fpn" else CHANGE_NO_RESULT
 
 
 def open_subject(job: Job, number: int, name: str, pool: Pool) -> Subject:
