@@ -201,3 +201,43 @@ def test_resume_with_what_changes_a_result_is_refused(
     with pytest.raises(UserError, match=f"has another recipe: {key} was {getattr(begun, key)} and is {value};"):
         compare.run(replace(begun, resume=True, **{key: value}))
     assert contents(folder) == before
+
+
+@pytest.mark.parametrize("replaced", ["base", "adapted"])
+def test_resume_with_a_model_that_was_replaced_is_refused(
+    replaced: str, linear: tuple[Comparison, Path], models: Path, data: Path, tmp_path: Path
+) -> None:
+    output, place = tmp_path / "out", models / replaced
+    shutil.copytree(linear[1], output)
+    before = contents(output)
+    options = {"group_by": "prefix", "foreign": (str(models / "lora"),), "forgetting": (str(data),)}
+    place.rename(tmp_path / "old")
+    try:
+        other = tiny_vit(seed=1)
+        (other if replaced == "base" else adapted_model(other)).save_pretrained(place)
+        with pytest.raises(UserError) as caught:
+            run(models, data, output, "adapted", "same", resume=True, **options)
+    finally:
+        shutil.rmtree(place)
+        (tmp_path / "old").rename(place)
+    assert str(caught.value) == (
+        f"the weights of {str(place)!r} are not those that the comparison in {output} was begun with; "
+        "give --resume with the old ones in their place, or another --output without it"
+    )
+    assert contents(output) == before
+
+
+def test_a_base_of_random_weights_has_the_same_ones_after_a_resume(
+    models: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, str]] = []
+
+    def stop(_: Path, digests: dict[str, str]) -> None:
+        seen.append(digests)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare, "check_same_weights", stop)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run(models, data, tmp_path / "out", "adapted", base=str(models / "base" / "config.json"))
+    assert seen[0] == seen[1] and len(seen[0]) == 2

@@ -1,7 +1,7 @@
 """The models of a comparison: what they are called, which of them are one recipe run with several seeds."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import Any
 
 from glare.comparison import ADAPTED, FOREIGN, UNTOUCHED, Model
 from glare.errors import UserError
+from glare.json_files import read_json
 from glare.modeling_glare import GlareModel
 from glare.resuming import MAY_DIFFER_ON_RESUME
 from glare.run_folder import run_folder_of
@@ -17,6 +18,9 @@ from glare.yaml_files import flatten, read_mapping
 
 BETWEEN_RUNS = {"seed", "output"}
 """Keys in which the runs of one row may differ, besides those that do not change what is learned."""
+
+WEIGHTS = "weights.json"
+"""In the folder of a comparison: path -> digest of the weights of the base and of each model that was given."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,22 @@ def load(model: Model, like: GlareModel) -> GlareModel:
             )
     loaded.eval().requires_grad_(False)
     return loaded
+
+
+def check_same_weights(folder: Path, digests: Mapping[str, str]) -> None:
+    """UserError where a comparison in ``folder`` was begun with other weights at one of the paths.
+
+    ``digests`` by path, as ``resuming.frozen_digest`` gives them for all weights of a model. A path, or a folder, that
+    has none in its ``weights.json`` is taken as it is.
+    """
+    file = folder / WEIGHTS
+    old = read_json(file) if file.exists() else {}
+    replaced = [path for path, digest in digests.items() if old.get(path, digest) != digest]
+    if replaced:
+        raise UserError(
+            f"the weights of {', '.join(map(repr, replaced))} are not those that the comparison in {folder} was begun "
+            "with; give --resume with the old ones in their place, or another --output without it"
+        )
 
 
 def file_name(model: Model) -> str:
