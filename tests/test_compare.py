@@ -3,6 +3,7 @@
 import json
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from glare import compare
 from glare.compare import CompareRecipe
 from glare.comparison import BETTER, SAME, WORSE, Comparison
 from glare.errors import UserError
-from glare.recipes import parse
+from glare.recipes import parse, to_yaml
 
 COMMON: dict[str, Any] = {"device": "cpu", "precision": "fp32", "short_side": 32, "controls": 3}
 
@@ -188,3 +189,62 @@ def test_repeated_test_images_are_counted(
         shutil.copy(film / kind / "tile0_0.png", film / kind / "tile0_9.png")
     found = run(models, film, tmp_path / "out", "adapted", folds=2)
     assert found.data[0].repeats == linear[0].data[0].repeats + 1
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(("protocol", "key", "value"), [("linear", "steps", 60), ("fpn", "device", "auto")])
+def test_resume_with_what_changes_a_result_is_refused(
+    protocol: str, key: str, value: Any, models: Path, data: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    given = {"base": str(models / "base"), "adapted": (str(models / "adapted"),), "data": str(data), "output": folder}
+    begun = CompareRecipe(**{**COMMON, **given, "protocol": protocol, "steps": 2})
+    (folder / "recipe.yaml").write_text(to_yaml(begun))  # of a comparison that was stopped
+    before = contents(folder)
+    with pytest.raises(UserError, match=f"has another recipe: {key} was {getattr(begun, key)} and is {value};"):
+        compare.run(replace(begun, resume=True, **{key: value}))
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("replaced", ["base", "adapted"])
+def test_resume_with_a_model_that_was_replaced_is_refused(
+    replaced: str, linear: tuple[Comparison, Path], models: Path, data: Path, tmp_path: Path
+) -> None:
+    output, place = tmp_path / "out", models / replaced
+    shutil.copytree(linear[1], output)
+    before = contents(output)
+    options = {"group_by": "prefix", "foreign": (str(models / "lora"),), "forgetting": (str(data),)}
+    place.rename(tmp_path / "old")
+    try:
+        other = tiny_vit(seed=1)
+        (other if replaced == "base" else adapted_model(other)).save_pretrained(place)
+        with pytest.raises(UserError) as caught:
+            run(models, data, output, "adapted", "same", resume=True, **options)
+    finally:
+        shutil.rmtree(place)
+        (tmp_path / "old").rename(place)
+    assert str(caught.value) == (
+        f"the weights of {str(place)!r} are not those that the comparison in {output} was begun with; "
+        "give --resume with the old ones in their place, or another --output without it"
+    )
+    assert contents(output) == before
+
+
+def test_a_base_of_random_weights_has_the_same_ones_after_a_resume(
+    models: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, str]] = []
+
+    def stop(_: Path, digests: dict[str, str]) -> None:
+        seen.append(digests)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare, "check_same_weights", stop)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run(models, data, tmp_path / "out", "adapted", base=str(models / "base" / "config.json"))
+    assert seen[0] == seen[1] and len(seen[0]) == 2

@@ -35,6 +35,11 @@ def test_the_same_seed_twice_is_no_replicate(tmp_path: Path) -> None:
     assert [row.name for row in rows] == ["a", "b"] and foreign is None
 
 
+def test_a_run_of_more_steps_is_no_replicate(tmp_path: Path) -> None:
+    rows, _ = groups_of([run(tmp_path / "a", seed=0), run(tmp_path / "b", seed=1, steps=20)], [])
+    assert [row.name for row in rows] == ["a", "b"]
+
+
 def test_models_without_a_run_folder_stand_alone(tmp_path: Path) -> None:
     rows, _ = groups_of(["org/one", "org/two"], [])
     assert [row.name for row in rows] == ["one", "two"]

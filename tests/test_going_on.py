@@ -73,6 +73,21 @@ def test_what_resume_refuses_leaves_the_run_as_it_is(
     refused("was made with other images: 1 (", steps=3)
 
 
+def test_parts_of_a_batch_may_differ_where_no_batch_norm_sees_them(
+    job: str, run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = {"steps": 1, "batch_size": 2}
+    assert run(**keys) == 0
+    before = contents(tmp_path / "run")
+    code = run(**keys, gradient_accumulation_steps=2, resume=True)
+    if job == "pretrain":
+        assert code == 0
+        return
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert code == 2 and "gradient_accumulation_steps was 1 and is 2; give --resume with the old values" in said
+    assert contents(tmp_path / "run") == before
+
+
 FROZEN = {"pretrain": {"adapter": "uniadapter"}, "finetune": {"train_on": "head"}}
 
 

@@ -13,6 +13,7 @@ from tiny_models import tiny_vit
 from glare import UserError, finetune
 from glare.cli import main as glare_main
 from glare.finetune import FinetuneRecipe, run_seeds
+from glare.recipes import to_yaml
 from glare.seeds import summary, table
 
 
@@ -98,8 +99,61 @@ def test_a_stopped_job_goes_on_and_may_get_more_seeds(
     assert (recipe.output / "seed_3" / "eval.json").stat().st_mtime_ns == first
     with pytest.raises(UserError, match="has another recipe: head was linear"):
         run_seeds(replace(recipe, head="fpn", resume=True))
-    with pytest.raises(UserError, match=r"the runs differ in steps \(2, 2, 2, 1\), so that they have no common mean"):
-        run_seeds(replace(recipe, seeds=4, steps=1, resume=True))
+
+
+def begun(run: Path, recipe: FinetuneRecipe, *, done: bool = False) -> None:
+    """What a run leaves that was stopped before its first checkpoint, or that is done."""
+    run.mkdir(parents=True)
+    (run / "recipe.yaml").write_text(to_yaml(recipe))
+    if done:
+        (run / "eval.json").write_text(json.dumps(evaluation(recipe.seed, 0.5)))
+
+
+def refused(recipe: FinetuneRecipe, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {path: path.read_bytes() for path in recipe.output.rglob("*") if path.is_file()}
+    with monkeypatch.context() as patch, pytest.raises(UserError) as caught:
+        patch.setattr(finetune, "run", lambda *_, **__: pytest.fail("it trains"))
+        run_seeds(replace(recipe, resume=True))
+    assert said in str(caught.value)
+    assert {path: path.read_bytes() for path in recipe.output.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_that_is_done_holds_the_others_to_its_steps(
+    recipe: FinetuneRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun(recipe.output, recipe)
+    run = recipe.output / "seed_3"
+    begun(run, replace(recipe, seeds=1, output=run), done=True)
+    said = f"the run in {run} has another recipe: steps was 2 and is 9; give --resume with the old values"
+    refused(replace(recipe, steps=9), said, monkeypatch)
+    said = f"the run in {recipe.output} has another recipe: steps was 2 and is null"
+    refused(replace(recipe, steps=None), said, monkeypatch)
+
+
+def test_a_run_that_went_on_alone_with_another_rate_is_not_like_the_others(
+    recipe: FinetuneRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = replace(recipe, learning_rate=1e-3)
+    begun(recipe.output, recipe)
+    begun(recipe.output / "seed_3", replace(recipe, seeds=1, learning_rate=1e-4))
+    refused(recipe, "has another recipe: learning_rate was 0.0001 and is 0.001;", monkeypatch)
+
+
+def test_all_runs_go_on_with_more_steps_where_none_is_done(recipe: FinetuneRecipe) -> None:
+    begun(recipe.output, recipe)
+    begun(recipe.output / "seed_3", replace(recipe, seeds=1, warmup_steps=0))
+    assert run_seeds(replace(recipe, steps=3, resume=True))["seeds"] == [3, 4]
+    recipes = [(recipe.output / f"seed_{seed}" / "recipe.yaml").read_text() for seed in (3, 4)]
+    assert all("\nsteps: 3\n" in text for text in recipes)
+
+
+def test_the_folder_of_a_single_run_is_not_taken_over(recipe: FinetuneRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun(recipe.output, replace(recipe, seeds=1))
+    said = (
+        f"{recipe.output} is the folder of a single run, not of several seeds; give --seeds 2 another --output, or go "
+        "on with that run without --seeds"
+    )
+    refused(recipe, said, monkeypatch)
 
 
 def test_seeds_need_something_to_evaluate_on(

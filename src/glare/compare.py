@@ -25,7 +25,7 @@ from glare.backbones import load_backbone, read_normalisation
 from glare.comparison import CONTROL, UNTOUCHED, Comparison, DataResult, Health, Model, Price
 from glare.comparison_data import Pool, SplitPlan, check_chosen, open_pool, sample
 from glare.comparison_finetuning import FineTuning, finetuned_areas, finetuned_predictions
-from glare.comparison_models import Group, file_name, groups_of, load, untouched
+from glare.comparison_models import WEIGHTS, Group, check_same_weights, file_name, groups_of, load, untouched
 from glare.comparison_pictures import Side, draw
 from glare.comparison_probes import PROBES, Subject, frozen_areas, frozen_predictions, health_of, read_subject
 from glare.comparison_recipe import CompareRecipe
@@ -36,7 +36,8 @@ from glare.health import collapse, mean_cosine
 from glare.modeling_glare import GlareModel
 from glare.price import inference_overhead, price
 from glare.report import Picture, summary, write_report
-from glare.run_folder import RunFolder, run_folder_of
+from glare.resuming import CHANGE_NO_RESULT, frozen_digest
+from glare.run_folder import RunFolder, atomic_write_json, run_folder_of
 from glare.run_lock import released
 from glare.runtime import make_accelerator
 from glare.verdicts import Measured, confidence_of, probe_result, row_verdict
@@ -81,19 +82,22 @@ def run(recipe: CompareRecipe) -> Comparison:
 
     # models and data
     rows, foreign = groups_of(recipe.adapted, recipe.foreign)
+    torch.manual_seed(recipe.seed)  # of a config.json the weights are drawn
     base = load_backbone(recipe.base).eval().requires_grad_(False).to(accelerator.device)
     if base.config.adapter_config is not None:
         raise UserError(f"the base {recipe.base!r} has adapters already; give the ViT that it was adapted from")
     given = [model for group in (*rows, foreign) if group for model in group.members]
-    for model in given:
-        load(model, base)
+    digests = {str(model.path): frozen_digest(load(model, base)) for model in given}
+    digests[recipe.base] = frozen_digest(base)
+    check_same_weights(recipe.output, digests)
     data = (recipe.data, *recipe.forgetting)
     matches = [recipe.match if name == recipe.data else None for name in data]
     pools = [open_pool(name, match=match, raster=recipe.raster) for name, match in zip(data, matches, strict=True)]
     folder = RunFolder(recipe.output, write=True)
     job = Job(recipe, accelerator, base, read_normalisation(recipe.base), folder)
     subjects = [open_subject(job, *numbered) for numbered in zip(range(len(data)), data, pools, strict=True)]
-    RunFolder.create(recipe.output, resume=recipe.resume).begin(recipe)
+    RunFolder.create(recipe.output, resume=recipe.resume).begin(recipe, free=free_on_resume(recipe.protocol))
+    atomic_write_json(folder.path / WEIGHTS, digests)
 
     # controls, measurements, verdicts
     draws = {row.name: make_controls(job, row, subjects[0], number) for number, row in enumerate(rows)}
@@ -128,6 +132,11 @@ def run(recipe: CompareRecipe) -> Comparison:
     print(summary(comparison))
     print(f"report: {page}")
     return comparison
+
+
+def free_on_resume(protocol: str) -> frozenset[str]:
+    """Recipe keys that may change when a comparison goes on: fine-tunings take their batch and crop from the device."""
+    return CHANGE_NO_RESULT - {"device"} if protocol == "fpn" else CHANGE_NO_RESULT
 
 
 def open_subject(job: Job, number: int, name: str, pool: Pool) -> Subject:

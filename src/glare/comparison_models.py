@@ -1,7 +1,7 @@
 """The models of a comparison: what they are called, which of them are one recipe run with several seeds."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -9,14 +9,18 @@ from typing import Any
 
 from glare.comparison import ADAPTED, FOREIGN, UNTOUCHED, Model
 from glare.errors import UserError
+from glare.json_files import read_json
 from glare.modeling_glare import GlareModel
-from glare.resuming import MAY_DIFFER_ON_RESUME
+from glare.resuming import CHANGE_NO_RESULT
 from glare.run_folder import run_folder_of
 from glare.segmenters import load_pretrained
 from glare.yaml_files import flatten, read_mapping
 
 BETWEEN_RUNS = {"seed", "output"}
 """Keys in which the runs of one row may differ, besides those that do not change what is learned."""
+
+WEIGHTS = "weights.json"
+"""In the folder of a comparison: path -> digest of the weights of the base and of each model that was given."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,22 @@ def load(model: Model, like: GlareModel) -> GlareModel:
     return loaded
 
 
+def check_same_weights(folder: Path, digests: Mapping[str, str]) -> None:
+    """UserError where a comparison in ``folder`` was begun with other weights at one of the paths.
+
+    ``digests`` by path, as ``resuming.frozen_digest`` gives them for all weights of a model. A path, or a folder, that
+    has none in its ``weights.json`` is taken as it is.
+    """
+    file = folder / WEIGHTS
+    old = read_json(file) if file.exists() else {}
+    replaced = [path for path, digest in digests.items() if old.get(path, digest) != digest]
+    if replaced:
+        raise UserError(
+            f"the weights of {', '.join(map(repr, replaced))} are not those that the comparison in {folder} was begun "
+            "with; give --resume with the old ones in their place, or another --output without it"
+        )
+
+
 def file_name(model: Model) -> str:
     """The model's name as the name of a folder."""
     return re.sub(r"[^\w.-]+", "_", model.name)
@@ -98,7 +118,7 @@ def _same_recipe(first: str | None, second: str | None) -> bool:
 
 
 def _what_matters(recipe: dict[str, Any]) -> dict[str, Any]:
-    left_out = BETWEEN_RUNS | MAY_DIFFER_ON_RESUME
+    left_out = BETWEEN_RUNS | CHANGE_NO_RESULT
     return {key: value for key, value in flatten(recipe).items() if key.split(".")[0] not in left_out}
 
 

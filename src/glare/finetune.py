@@ -39,7 +39,7 @@ from glare.model_card import write_card
 from glare.model_names import place_of
 from glare.preemption import Signals, stoppable
 from glare.recipes import option, required
-from glare.resuming import frozen_digest
+from glare.resuming import CHANGE_NO_RESULT, frozen_digest
 from glare.run_folder import RunFolder, atomic_write_json
 from glare.run_lock import released
 from glare.runtime import (
@@ -72,6 +72,9 @@ from glare.weight_files import weights_digest
 
 MAY_DIFFER_ON_RESUME = frozenset({"backbone_learning_rate", "learning_rate", "precision"})
 """Recipe keys that are a remedy for a run whose loss became infinite, and so may change with its ``--resume``."""
+
+FREE_ON_RESUME = CHANGE_NO_RESULT | {"steps"}
+"""Other keys that may; not the parts of a batch, which the batch norm of most heads sees one by one."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +200,12 @@ def run(signals: Signals, recipe: FinetuneRecipe, *, train: LabelledSet | None =
     folder = RunFolder.create(recipe.output, resume=recipe.resume, write=accelerator.is_main_process)
     start, frozen = 0, frozen_digest(model)
     checkpoint, changes = folder.begin(
-        recipe, images=packed.names, frozen=frozen, derived=derived, may_differ=MAY_DIFFER_ON_RESUME
+        recipe,
+        images=packed.names,
+        frozen=frozen,
+        derived=derived,
+        may_differ=MAY_DIFFER_ON_RESUME,
+        free=FREE_ON_RESUME,
     )
     for change in changes:
         accelerator.print(f"resumed with another recipe: {change}")

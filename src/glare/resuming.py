@@ -16,13 +16,11 @@ from glare.yaml_files import flatten, read_mapping
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-MAY_DIFFER_ON_RESUME = frozenset(
+CHANGE_NO_RESULT = frozenset(
     {
         "checkpoint_every",
         "compile",
         "device",
-        "epochs",
-        "gradient_accumulation_steps",
         "keep_checkpoints",
         "log_every",
         "num_workers",
@@ -30,38 +28,52 @@ MAY_DIFFER_ON_RESUME = frozenset(
         "report_to",
         "resume",
         "shard",
-        "steps",
         "strict",
     }
 )
-"""Recipe keys that may change between a run and its ``--resume``."""
+"""Recipe keys that do not change what a run comes to."""
 
+MAY_DIFFER_ON_RESUME = CHANGE_NO_RESULT | {"epochs", "gradient_accumulation_steps", "steps"}
+"""Recipe keys that may change between a training and its ``--resume``, where no batch norm sees parts of a batch."""
 
 AS_WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of a number -> integers as long
 
 
 def check_same_recipe(
-    file: Path, recipe: "DataclassInstance", may_differ: frozenset[str], derived: Collection[str] = ()
+    file: Path,
+    recipe: "DataclassInstance",
+    may_differ: frozenset[str],
+    derived: Collection[str] = (),
+    free: frozenset[str] = MAY_DIFFER_ON_RESUME,
 ) -> list[str]:
-    """What changed of the keys ``may_differ``; UserError where the recipes differ in another key that matters.
+    """What changed of the keys ``may_differ``; UserError where the recipes differ in another key that is not ``free``.
 
     ``derived`` keys were not given; where they differ, it is because of what they follow from.
     """
     old, new = flatten(read_mapping(file)), flatten(to_dict(recipe))
-    changes = {
-        name: f"{name} was {written(old.get(name))} and is {written(new.get(name))}"
-        for name in {**old, **new}
-        if old.get(name) != new.get(name) and name.split(".")[0] not in MAY_DIFFER_ON_RESUME
-    }
+    changes = differences(old, new, free)
     wrong = {name: text for name, text in changes.items() if name not in may_differ}
     if wrong:
         followed = [name for name in wrong if name in derived]
         remedy = _remedy(followed, old, new) if followed else "give --resume with the old values"
-        raise UserError(
-            f"the run in {file.parent} has another recipe: {'; '.join(wrong.values())}; {remedy}, "
-            "or another --output without it"
-        )
+        raise other_recipe(file.parent, wrong, remedy)
     return list(changes.values())
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], free: frozenset[str]) -> dict[str, str]:
+    """Key -> what it was and is, of the keys of two flat recipes that differ and are not ``free``."""
+    return {
+        name: f"{name} was {written(old.get(name))} and is {written(new.get(name))}"
+        for name in {**old, **new}
+        if old.get(name) != new.get(name) and name.split(".")[0] not in free
+    }
+
+
+def other_recipe(run: Path, wrong: Mapping[str, str], remedy: str = "give --resume with the old values") -> UserError:
+    """What to raise for a run of which ``differences`` found some that are not allowed."""
+    return UserError(
+        f"the run in {run} has another recipe: {'; '.join(wrong.values())}; {remedy}, or another --output without it"
+    )
 
 
 def _remedy(followed: list[str], old: Mapping[str, Any], new: Mapping[str, Any]) -> str:

@@ -22,7 +22,13 @@ from glare.curves import read_lines
 from glare.disk_space import room_for
 from glare.errors import NotFiniteError, UserError
 from glare.recipes import to_yaml
-from glare.resuming import check_same_frozen, check_same_images, check_same_recipe, check_steps
+from glare.resuming import (
+    MAY_DIFFER_ON_RESUME,
+    check_same_frozen,
+    check_same_images,
+    check_same_recipe,
+    check_steps,
+)
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -75,6 +81,7 @@ class RunFolder:
         frozen: str | None = None,
         derived: Collection[str] = (),
         may_differ: frozenset[str] = frozenset(),
+        free: frozenset[str] = MAY_DIFFER_ON_RESUME,
     ) -> tuple[Checkpoint | None, list[str]]:
         """Write ``recipe.yaml``; return the checkpoint to go on from, None where there is none, and what is different.
 
@@ -82,8 +89,8 @@ class RunFolder:
         folder, what a killed run was writing goes, and the metrics are brought back to the checkpoint. Raises
         UserError, with nothing changed, where the checkpoint was made with other ``images`` (by name, in the order in
         which the run counts them), with other ``frozen`` weights (``resuming.frozen_digest``) or has more steps than
-        the recipe, where the run was made with other values of other keys that matter (those ``derived`` were not
-        given), or has checkpoints of which none is usable.
+        the recipe, where the run was made with other values of other keys that are not ``free`` (those ``derived``
+        were not given), or has checkpoints of which none is usable.
         """
         file = self.path / "recipe.yaml"
         changes, comments = [], ""
@@ -94,7 +101,7 @@ class RunFolder:
             check_same_images(self.path, checkpoint.images, self.images)
             check_steps(self.path, checkpoint.step, getattr(recipe, "steps", None))
         if file.exists():
-            changes = check_same_recipe(file, recipe, may_differ, derived)
+            changes = check_same_recipe(file, recipe, may_differ, derived, free)
             comments = "".join(line for line in file.read_text("utf-8").splitlines(True) if line.startswith("#"))
         if checkpoint is not None:
             check_same_frozen(self.path, checkpoint.frozen, frozen)  # of another backbone the recipe tells more

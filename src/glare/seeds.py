@@ -7,11 +7,12 @@ from typing import Any
 
 from glare.errors import UserError
 from glare.json_files import read_json
-from glare.resuming import MAY_DIFFER_ON_RESUME
+from glare.recipes import to_dict
+from glare.resuming import CHANGE_NO_RESULT, differences, other_recipe
 from glare.run_folder import RunFolder, atomic_write_json
 from glare.runtime import make_accelerator
 from glare.typed_values import written
-from glare.yaml_files import read_mapping
+from glare.yaml_files import flatten, read_mapping
 
 MEANS = {"miou": "mIoU", "aacc": "aAcc", "macc": "mAcc"}
 FACTS = ("num_images", "data", "split", "match", "inference", "versions")
@@ -20,25 +21,31 @@ FACTS = ("num_images", "data", "split", "match", "inference", "versions")
 def repeat(recipe: Any, run: Callable[[Any], object]) -> dict[str, Any]:
     """Do a job with ``recipe.seeds`` seeds, one after another, and sum up its ``eval.json`` in ``seeds.json``.
 
-    ``recipe`` has ``seed``, ``seeds``, ``output``, ``resume``, ``device`` and ``precision``; ``run`` does it once and
-    leaves the processes together. The runs go into folders ``seed_<seed>`` of the output. With ``resume``, those that
-    have scores are not done again, and one that was stopped goes on. Returns the ``summary``; raises UserError for runs
-    of different recipes.
+    ``recipe`` has ``seed``, ``seeds``, ``steps``, ``output``, ``resume``, ``device`` and ``precision``; ``run`` does it
+    once and leaves the processes together. The runs go into folders ``seed_<seed>`` of the output. With ``resume``,
+    those that have scores are not done again, and one that was stopped goes on. Returns the ``summary``; raises
+    UserError for runs of different recipes, with nothing changed where those that are there tell.
     """
     RunFolder.check(recipe.output, resume=recipe.resume)
     seeds = range(recipe.seed, recipe.seed + recipe.seeds)
     runs = [replace(recipe, seeds=1, seed=seed, output=recipe.output / f"seed_{seed}") for seed in seeds]
-    begun = {one.seed: (one.output / "recipe.yaml").exists() for one in runs}
+    begun = {one.seed for one in runs if (one.output / "recipe.yaml").exists()}
     left = [one for one in runs if not (one.output / "eval.json").exists()]
+    _check_several(recipe)
+    for one in runs:
+        if one.seed in begun:
+            _check_begun(one, done=one not in left)
     accelerator = make_accelerator(
         device=recipe.device, precision=recipe.precision, report_to="none", output=recipe.output
     )
     accelerator.wait_for_everyone()  # all have seen what is there before anything is written
     folder = RunFolder.create(recipe.output, resume=recipe.resume, write=accelerator.is_main_process)
-    folder.begin(recipe, may_differ=frozenset({"seeds"}))
+    stays = len(left) < len(runs) and recipe.steps is None  # what runs that are done derived, the others have to
+    free = CHANGE_NO_RESULT if stays else CHANGE_NO_RESULT | {"steps"}
+    folder.begin(recipe, may_differ=frozenset({"seeds"}), free=free)
     for one in left:
         accelerator.print(f"seed {one.seed}: {one.output}")
-        run(replace(one, resume=begun[one.seed]))
+        run(replace(one, resume=one.seed in begun))
     _check_alike([read_mapping(one.output / "recipe.yaml") for one in runs])
     found = summary([read_json(one.output / "eval.json") for one in runs])
     if folder.write:
@@ -49,9 +56,31 @@ def repeat(recipe: Any, run: Callable[[Any], object]) -> dict[str, Any]:
     return found
 
 
+def _check_several(recipe: Any) -> None:
+    """Raise UserError where the output is the folder of a single run."""
+    file = recipe.output / "recipe.yaml"
+    if file.exists() and read_mapping(file).get("seeds", 1) == 1:
+        raise UserError(
+            f"{recipe.output} is the folder of a single run, not of several seeds; give --seeds {recipe.seeds} another "
+            "--output, or go on with that run without --seeds"
+        )
+
+
+def _check_begun(run: Any, *, done: bool) -> None:
+    """Raise UserError where a run was begun with another recipe than ``run``, or is done with other steps.
+
+    What the recipe leaves open, its file has as it was derived.
+    """
+    old = flatten(read_mapping(run.output / "recipe.yaml"))
+    given = {name: value for name, value in flatten(to_dict(run)).items() if value is not None}
+    wrong = differences(old, {**old, **given}, CHANGE_NO_RESULT if done else CHANGE_NO_RESULT | {"steps"})
+    if wrong:
+        raise other_recipe(run.output, wrong)
+
+
 def _check_alike(recipes: Sequence[Mapping[str, Any]]) -> None:
-    """Raise UserError where the runs differ in more than their seed, as after a --resume with other steps."""
-    for key in recipes[0].keys() - (MAY_DIFFER_ON_RESUME - {"steps"}) - {"seed"}:
+    """Raise UserError where the runs differ in more than their seed, as where steps were derived from other images."""
+    for key in recipes[0].keys() - CHANGE_NO_RESULT - {"seed"}:
         values = [written(recipe.get(key)) for recipe in recipes]
         if len(set(values)) > 1:
             raise UserError(
