@@ -18,6 +18,7 @@ from torch.nn.functional import one_hot
 
 from glare.crops import PackedImages, cut, subset
 from glare.data.cache import Packed
+from glare.data.same_files import resolved
 from glare.errors import UserError
 from glare.geometry import random_resized_crops
 from glare.labelled_crops import photometric_distortion
@@ -70,8 +71,8 @@ def labelled(packed: Packed, classes: Sequence[str], data: str) -> ClassImages:
 
 def check_apart(names: Sequence[str], data: str, val_names: Sequence[str], val_data: str) -> None:
     """Raise UserError where an image to measure the accuracy on is one to train on, behind links, too."""
-    trained = _places(names, data)
-    shared = sum(place in trained for place in _places(val_names, val_data))
+    trained = set(resolved(_origin(data), names))
+    shared = sum(place in trained for place in resolved(_origin(val_data), val_names))
     if shared:
         raise UserError(
             f"{shared:,} of the {len(val_names):,} images to measure the accuracy on are among those to train on; "
@@ -79,12 +80,10 @@ def check_apart(names: Sequence[str], data: str, val_names: Sequence[str], val_d
         )
 
 
-def _places(names: Sequence[str], data: str) -> set[str]:
-    """What tells the images of ``data`` from any others: their files, or data and name."""
+def _origin(data: str) -> str:
+    """What names of images are below: the folder, without links; other data tell by their name."""
     path = local_path(data)
-    if kind_of(path) == "folder":
-        return {os.path.realpath(path / name) for name in names}
-    return {f"{os.path.realpath(path) if kind_of(path) else data}/{name}" for name in names}
+    return os.path.realpath(path) if kind_of(path) else data
 
 
 @dataclass(frozen=True)

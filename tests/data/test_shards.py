@@ -110,6 +110,19 @@ def test_pictures_of_a_table_have_no_windows(tmp_path: Path) -> None:
             open_source(str(tmp_path), raster=reading)
 
 
+def test_deep_tiffs_in_a_table_are_said_to_be_read_better_elsewhere(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, mode in (("plain", "RGB"), ("deep", "I;16")):
+        stream = io.BytesIO()
+        Image.new(mode, (4, 3)).save(stream, "tiff")
+        cells = {"image": [{"bytes": stream.getvalue(), "path": None}]}
+        features = datasets.Features({"image": datasets.Image()})
+        datasets.Dataset.from_dict(cells, features=features).to_parquet(tmp_path / f"{name}.parquet")
+        open_source(str(tmp_path / f"{name}.parquet")).read(0)
+        assert ("more than 8 bits" in caplog.text) == (name == "deep")
+
+
 def test_a_copy_of_the_catalog_keeps_files_without_a_split(tmp_path: Path) -> None:
     write(tmp_path / "urban.parquet", 1, 2)
     write(tmp_path / "val.parquet", 3)

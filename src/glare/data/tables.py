@@ -17,6 +17,7 @@ from glare.data.listing import LABELS, extension_of, image_names
 from glare.data.notices import say_once
 from glare.data.opening import open_picture
 from glare.data.shards import SHARDS, check_shards, choose_split, find_shards, has_shards, split_of
+from glare.data.tiff_header import header_in
 from glare.errors import UserError, first_line
 from glare.model_names import is_repo_id
 from glare.paths import kind_of, local_path
@@ -45,7 +46,13 @@ class Table:
         """The image of a row, not decoded yet. Raises ValueError without one, and whatever `open_picture` lets out."""
         if row[self.column] is None:
             raise ValueError(f"the row has no image in the column {self.column!r}, which is read of all rows")
-        return open_picture(picture_file(row[self.column], self.folder))
+        picture = open_picture(picture_file(row[self.column], self.folder))
+        header = header_in(picture) if picture.format == "TIFF" else None
+        if header is not None and (header.values or not header.whole):
+            say_once(
+                "TIFFs of more than 8 bits or 3 bands are read in full as files of a folder, not in a table like this"
+            )
+        return picture
 
 
 def open_table(data: str, *, split: str | None = None, streaming: bool = False) -> Table:

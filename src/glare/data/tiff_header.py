@@ -39,7 +39,7 @@ def header_of(file: Path) -> TiffHeader | None:
         return None
     try:
         with open_picture(file) as picture:
-            return _header(picture)
+            return header_in(picture)
     except MemoryError:
         raise
     except Exception:  # Pillow's readers let almost any exception out on what they cannot read
@@ -53,6 +53,14 @@ def nodata_of(picture: Image.Image) -> float | None:
         return None if noted is None else float(str(noted).strip("\0 "))
     except ValueError:
         return None
+
+
+def header_in(picture: Image.Image) -> TiffHeader:
+    """The header of an opened TIFF."""
+    try:
+        return _header(picture)
+    except (TypeError, ValueError):  # a tag of another type
+        return TiffHeader(whole=False)
 
 
 def _header(picture: Image.Image) -> TiffHeader:
