@@ -15,13 +15,13 @@ SCRIPT = Path(__file__).parents[1] / "training" / "pets_study.py"
 SMALL = ["steps=2", "batch_size=2", "report_to=none", "device=cpu", "precision=fp32", "log_every=1"]
 
 
-def study(tmp_path: Path, *given: str) -> None:
+def study(tmp_path: Path, *given: str, also: tuple[str, ...] = ()) -> None:
     jobs = {name: [f"{name}.{item}" for item in SMALL] for name in ("simmim", "classify", "finetune")}
     settings = [*jobs["simmim"], *jobs["classify"], *jobs["finetune"], "classify.crop_size=16", "finetune.crop_size=16"]
     settings += ["simmim.views.global_size=16", "simmim.views.local_size=16"]
     places = ["--data", str(tmp_path / "labelled"), "--train-split", "train", "--test-split", "test"]
     places += ["--vit", str(tmp_path / "vit.json"), "--output", str(tmp_path / "runs")]
-    sys.argv = [str(SCRIPT), *places, *given, "--set", *settings]
+    sys.argv = [str(SCRIPT), *places, *given, "--set", *settings, *also]
     runpy.run_path(str(SCRIPT), run_name="__main__")
 
 
@@ -47,6 +47,7 @@ def test_it_runs_what_is_not_done_and_writes_table_and_picture(data: Path, capsy
     runs = data / "runs"
     assert capsys.readouterr().out.count("== ") == 5
     before = {file: file.read_bytes() for file in runs.rglob("*.safetensors")}
+    (runs / "simmim_small.yaml").unlink()  # its resolved recipe has to do
     study(data, *given, "--budgets", "2", "4")
     assert capsys.readouterr().out.count("== ") == 3  # the second budget of each start
     assert all(file.read_bytes() == content for file, content in before.items())
@@ -65,3 +66,28 @@ def test_a_job_that_fails_ends_it_with_its_code(data: Path, capsys: pytest.Captu
     with pytest.raises(SystemExit) as stopped:
         study(data, "--budgets", "6", "--seeds", "0")
     assert stopped.value.code == 2 and "num_images is 6, but there are only 5" in capsys.readouterr().err
+
+
+def test_one_table_holds_runs_of_the_same_settings(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--seeds", "0", "--budgets"]
+    study(data, *given, "2", also=("finetune.warmup_steps=1",))
+    run = data / "runs" / "finetune" / "none_2_0"
+    before = {path: path.read_bytes() for path in (data / "runs").rglob("*") if path.is_file()}
+    for also, said in {
+        ("finetune.warmup_steps=1", "finetune.learning_rate=1e-2"): "learning_rate was 0.002 and is 0.01",
+        ("finetune.warmup_steps=1", "finetune.steps=1"): "steps was 2 and is 1",
+        (): "warmup_steps was 1 and is null",
+    }.items():
+        with pytest.raises(SystemExit) as stopped:
+            study(data, *given, "4", "2", also=also)
+        assert stopped.value.code == 2
+        assert capsys.readouterr().err.splitlines()[-1] == (
+            f"pets_study: the run in {run} has another recipe: {said}; give the old values, or another --output, "
+            "as one table holds runs of the same settings"
+        )
+    assert {path: path.read_bytes() for path in (data / "runs").rglob("*") if path.is_file()} == before
+    run.with_name("none_2_0.yaml").unlink()
+    with pytest.raises(SystemExit):
+        study(data, *given, "2", also=("finetune.learning_rate=1e-2",))
+    assert "learning_rate was 0.002 and is 0.01;" in capsys.readouterr().err
+    study(data, *given, "2", also=("finetune.num_workers=1",))

@@ -6,7 +6,9 @@ r"""Scores against label budgets after SimMIM pre-training, with and without a s
 
 Every run is one of ``glare pretrain``, ``classify`` and ``finetune`` with a recipe of ``training/recipes/pets`` in a
 folder of its own below --output; what is done is left out, what was stopped goes on. The scores of all fine-tunings on
-the test images are in study.json, their curves in study.png. The start "none" is the ViT of random weights.
+the test images are in study.json, their curves in study.png. The start "none" is the ViT of random weights. Beside the
+folder of each run stands the recipe that was asked of it: a study goes on with the same settings only, but for those
+that change no result.
 
 Where --train-split has no {budget}, as many images are drawn from it with the seed, a smaller budget being part of a
 larger one. Settings of a job are changed by --set JOB.KEY=VALUE, JOB being simmim, classify or finetune.
@@ -15,30 +17,104 @@ larger one. Settings of a job are changed by --set JOB.KEY=VALUE, JOB being simm
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 from glare import cli, recipes
 from glare.budget_figure import budget_curves
+from glare.classify import ClassifyRecipe
+from glare.errors import UserError
 from glare.finetune import FinetuneRecipe
-from glare.run_folder import atomic_write_json, atomic_write_png
+from glare.pretrain import PretrainRecipe
+from glare.resuming import CHANGE_NO_RESULT, differences
+from glare.run_folder import atomic_write_json, atomic_write_png, atomic_write_text
+from glare.yaml_files import flatten, read_mapping
 
 RECIPES = Path(__file__).parent / "recipes" / "pets"
 BUDGETS = (250, 500, 1000, 2000, 4000, 6000)
-JOBS = {"simmim": "pretrain", "classify": "classify", "finetune": "finetune"}
+JOBS: dict[str, tuple[str, type[Any]]] = {
+    "simmim": ("pretrain", PretrainRecipe),
+    "classify": ("classify", ClassifyRecipe),
+    "finetune": ("finetune", FinetuneRecipe),
+}
 SCORES = ("miou", "aacc", "macc")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of the study: ``words`` are the command line of ``JOBS[name]``, ``done`` is there once it is over."""
+
+    name: str
+    run: Path
+    words: list[str]
+    done: str
+
+    @property
+    def recipe(self) -> Any:
+        """What is asked; the job derives what it leaves open."""
+        return recipes.parse(JOBS[self.name][1], self.words, prog="pets_study")
+
+    @property
+    def asked(self) -> Path:
+        """Where that stands, beside the run."""
+        return self.run.with_name(f"{self.run.name}.yaml")
+
+    def check(self) -> None:
+        """UserError where the run was begun with another recipe.
+
+        Of a run whose ``asked`` is not there, the keys that are given now are compared with its resolved recipe.
+        """
+        resolved = self.run / "recipe.yaml"
+        if not resolved.exists():
+            return
+        old, new = flatten(read_mapping(resolved)), flatten(recipes.to_dict(self.recipe))
+        if self.asked.exists():
+            old = flatten(read_mapping(self.asked))
+        else:
+            given = flatten(recipes.parse_given(JOBS[self.name][1], self.words, prog="pets_study"))
+            new = {**old, **{key: new[key] for key in given}}
+        if wrong := differences(old, new, CHANGE_NO_RESULT):
+            raise UserError(
+                f"the run in {self.run} has another recipe: {'; '.join(wrong.values())}; give the old values, or "
+                "another --output, as one table holds runs of the same settings"
+            )
+
+    def perform(self) -> None:
+        """Run it unless it is done; ends the study with the job's exit code where it fails."""
+        if (self.run / self.done).exists():
+            return
+        print(f"== {self.run}", flush=True)
+        begun = (self.run / "recipe.yaml").exists()
+        if not begun:
+            self.run.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write_text(self.asked, recipes.to_yaml(self.recipe))
+        code = cli.main([JOBS[self.name][0], *self.words, *(["--resume"] if begun else [])])
+        if code:
+            sys.exit(code)
 
 
 def main() -> None:
     """Run what is not done yet, then write the table and the picture."""
     args = arguments()
+    try:
+        earlier = list(starting(args))
+        models = {"none": args.vit} | {start: str(job.run) for start, job in earlier}
+        wanted = [(start, budget, seed) for start in models for budget in args.budgets for seed in args.seeds]
+        last = [finetuning(args, start, models[start], budget, seed) for start, budget, seed in wanted]
+        jobs = [*(job for _, job in earlier), *last]
+        for job in jobs:
+            job.check()  # of all, before anything is trained
+    except UserError as error:
+        print(f"pets_study: {error}", file=sys.stderr)
+        sys.exit(2)
+    for job in jobs:
+        job.perform()
     rows = [
-        {"start": start, "budget": budget, "seed": seed, **finetuned(args, start, model, budget, seed)}
-        for start, model in starts(args).items()
-        for budget in args.budgets
-        for seed in args.seeds
+        {"start": start, "budget": budget, "seed": seed, **scores_in(job.run)}
+        for (start, budget, seed), job in zip(wanted, last, strict=True)
     ]
     accuracy = {
         file.parent.name: json.loads(file.read_text())["accuracy"] for file in args.output.glob("*/accuracy.json")
@@ -73,50 +149,44 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def starts(args: argparse.Namespace) -> dict[str, str]:
-    """Name of each start -> the model that fine-tuning takes; pre-trains and classifies where that is not done."""
-    found = {"none": args.vit}
+def starting(args: argparse.Namespace) -> Iterator[tuple[str, Job]]:
+    """Name of each start and the job whose run is the model that fine-tuning takes, in their order."""
     for item in args.pretrain:
         name, _, data = item.partition("=")
-        run = args.output / f"simmim_{name}"
-        perform(args, "simmim", run, ["--backbone", args.vit, "--data", data], done=run / "model")
-        found[name] = str(run)
+        simmim = job(args, "simmim", f"simmim_{name}", ["--backbone", args.vit, "--data", data], done="model")
+        yield name, simmim
         if args.classify_data:
-            run, given = args.output / f"classify_{name}", ["--model", str(run), "--data", args.classify_data]
+            given = ["--model", str(simmim.run), "--data", args.classify_data]
             given += ["--val-data", args.classify_val] if args.classify_val else []
-            perform(args, "classify", run, given, done=run / ("accuracy.json" if args.classify_val else "model"))
-            found[f"{name}, then classes"] = str(run)
-    return found
+            done = "accuracy.json" if args.classify_val else "model"
+            yield f"{name}, then classes", job(args, "classify", f"classify_{name}", given, done=done)
 
 
-def finetuned(args: argparse.Namespace, start: str, model: str, budget: int, seed: int) -> dict[str, Any]:
-    """Scores of one fine-tuning on the test images."""
-    run = args.output / "finetune" / f"{start.replace(', ', '_').replace(' ', '_')}_{budget}_{seed}"
+def finetuning(args: argparse.Namespace, start: str, model: str, budget: int, seed: int) -> Job:
+    """One fine-tuning, which measures on the test images."""
     split = args.train_split
     given = ["--model", model, "--data", args.data, "--seed", str(seed)]
     given += ["--train-split", split.format(budget=budget)] if split else []
     given += [] if split and "{budget}" in split else ["--num-images", str(budget)]
     given += ["--val-data", args.test_data] if args.test_data else []
     given += ["--val-split", args.test_split] if args.test_split else []
-    overrides = [*given, "--output", str(run), *changes(args, "finetune")]
-    recipe = recipes.parse(FinetuneRecipe, ["--recipe", str(RECIPES / "finetune.yaml"), *overrides], prog="pets_study")
+    run = f"finetune/{start.replace(', ', '_').replace(' ', '_')}_{budget}_{seed}"
+    recipe = job(args, "finetune", run, given, done="eval.json").recipe
     if recipe.steps is None:
         given += ["--steps", str(max(1, args.epochs * budget // (recipe.batch_size or 1)))]
-    perform(args, "finetune", run, given, done=run / "eval.json")
+    return job(args, "finetune", run, given, done="eval.json")
+
+
+def scores_in(run: Path) -> dict[str, Any]:
+    """Scores of a fine-tuning on the test images."""
     scores = json.loads((run / "eval.json").read_text())
     return {name: scores[name] for name in (*SCORES, "num_images")}
 
 
-def perform(args: argparse.Namespace, name: str, run: Path, given: Sequence[str], *, done: Path) -> None:
-    """One job, unless it is ``done``; ends the study with the job's exit code where it fails."""
-    if done.exists():
-        return
-    print(f"== {run}", flush=True)
-    going_on = ["--resume"] if (run / "recipe.yaml").exists() else []
-    recipe = ["--recipe", str(RECIPES / f"{name}.yaml"), "--output", str(run)]
-    code = cli.main([JOBS[name], *recipe, *given, *going_on, *changes(args, name)])
-    if code:
-        sys.exit(code)
+def job(args: argparse.Namespace, name: str, run: str, given: Sequence[str], *, done: str) -> Job:
+    """A job in the folder ``run`` of the study, with what --set says of it."""
+    words = ["--recipe", str(RECIPES / f"{name}.yaml"), "--output", str(args.output / run), *given]
+    return Job(name, args.output / run, [*words, *changes(args, name)], done)
 
 
 def changes(args: argparse.Namespace, name: str) -> list[str]:
