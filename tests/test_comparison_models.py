@@ -35,6 +35,11 @@ def test_the_same_seed_twice_is_no_replicate(tmp_path: Path) -> None:
     assert [row.name for row in rows] == ["a", "b"] and foreign is None
 
 
+def test_runs_whose_batches_were_computed_in_other_parts_are_one_row(tmp_path: Path) -> None:
+    paths = [run(tmp_path / f"run_{seed}", seed=seed, gradient_accumulation_steps=1 + seed) for seed in range(2)]
+    assert [row.name for row in groups_of(paths, [])[0]] == ["run (2 seeds)"]
+
+
 def test_a_run_of_more_steps_is_no_replicate(tmp_path: Path) -> None:
     rows, _ = groups_of([run(tmp_path / "a", seed=0), run(tmp_path / "b", seed=1, steps=20)], [])
     assert [row.name for row in rows] == ["a", "b"]

@@ -263,7 +263,7 @@ def test_folders_of_splits_below_images_have_to_be_chosen(recipe: FinetuneRecipe
 def test_a_split_that_was_not_asked_for_is_said(
     recipe: FinetuneRecipe, tmp_path: Path, log: pytest.LogCaptureFixture
 ) -> None:
-    data = write_labelled(tmp_path / "data" / "test", 2).parent
+    data = write_labelled(tmp_path / "lone" / "test", 2).parent
     open_data(replace(recipe, data=str(data), train_split="test"))
     open_data(recipe)
     assert not log.messages
@@ -379,6 +379,18 @@ def test_a_new_model_is_never_beside_the_scores_of_an_old_one(
     monkeypatch.setattr(finetune, "judge", judge)
     finetune.run(more)
     assert json.loads((run / "eval.json").read_text())["weights_sha256"] != digest
+
+
+def test_scores_of_the_same_weights_stay(recipe: FinetuneRecipe) -> None:
+    run = finetune.run(recipe)
+    scores = (run / "eval.json").read_text()
+    (run / "eval.json").write_text(own := json.dumps({**json.loads(scores), "data": "by hand"}))
+    finetune.drop_scores_of_others(run)
+    assert (run / "eval.json").read_text() == own
+    for others in (json.dumps({**json.loads(scores), "weights_sha256": "0"}), "broken"):
+        (run / "eval.json").write_text(others)
+        finetune.drop_scores_of_others(run)
+        assert not (run / "eval.json").exists()
 
 
 def test_a_run_without_validation_says_so(recipe: FinetuneRecipe, capsys: pytest.CaptureFixture[str]) -> None:

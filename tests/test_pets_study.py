@@ -32,17 +32,17 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_labelled(tmp_path / "labelled" / "train", 5)
     write_labelled(tmp_path / "labelled" / "test", 2)
     rng = np.random.default_rng(0)
-    for name in ("forest", "street"):
-        (tmp_path / "scenes" / name).mkdir(parents=True)
+    for folder in ("scenes/forest", "scenes/street", "others/forest", "others/street"):
+        (tmp_path / folder).mkdir(parents=True)
         for number in range(2):
             noise = rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)
-            Image.fromarray(noise).save(tmp_path / "scenes" / name / f"{number}.png")
+            Image.fromarray(noise).save(tmp_path / folder / f"{number}.png")
     return tmp_path
 
 
 def test_it_runs_what_is_not_done_and_writes_table_and_picture(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    scenes = str(data / "scenes")
-    given = ["--pretrain", f"small={scenes}", "--classify-data", scenes, "--classify-val", scenes, "--seeds", "0"]
+    scenes, others = str(data / "scenes"), str(data / "others")
+    given = ["--pretrain", f"small={scenes}", "--classify-data", scenes, "--classify-val", others, "--seeds", "0"]
     study(data, *given, "--budgets", "2")
     runs = data / "runs"
     assert capsys.readouterr().out.count("== ") == 5

@@ -29,6 +29,7 @@ from glare.views import Normalisation
 from glare.weight_files import check_shards
 
 LARGEST_MEAN = 1e6  # of a channel, and of its standard deviation
+ROTARY = ("dinov3_vit",)  # without position embeddings of a size
 MAX_BLOCKS = 1000  # so that a wrong configuration does not build for ever
 ADAPTERS = ("uniadapter", "lora", "full", "norm")
 HINT = (
@@ -92,7 +93,8 @@ def read_config(place: Place) -> PreTrainedConfig:
             if isinstance(divisor, int) and divisor < 1:
                 raise ValueError(f"{key} is {divisor}, it has to be at least 1")
         sides = part.get("image_size") if isinstance(part, dict) else getattr(part, "image_size", None)
-        if isinstance(sides, list | tuple) and len(set(sides)) != 1:
+        kind = part.get("model_type") if isinstance(part, dict) else getattr(part, "model_type", None)
+        if isinstance(sides, list | tuple) and len(set(sides)) != 1 and kind not in ROTARY:
             raise ValueError(f"image_size is {shortened(str(sides))}; position embeddings are resized of squares only")
     return config
 

@@ -199,7 +199,7 @@ def run(signals: Signals, recipe: ClassifyRecipe) -> Path:
 
 def read(recipe: ClassifyRecipe, data: str, *, show: bool) -> Packed:
     """All images of ``data``, reduced to twice the crops."""
-    source = open_source(data)
+    source = open_source(data, labels=True)  # a class may be called mask
     side = 2 * (recipe.crop_size or 0)
     return pack(source, short_side=side, strict=recipe.strict, workers=recipe.num_workers, progress=show)
 

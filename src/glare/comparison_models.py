@@ -11,7 +11,7 @@ from glare.comparison import ADAPTED, FOREIGN, UNTOUCHED, Model
 from glare.errors import UserError
 from glare.json_files import read_json
 from glare.modeling_glare import GlareModel
-from glare.resuming import CHANGE_NO_RESULT
+from glare.resuming import MAY_DIFFER_ON_RESUME
 from glare.run_folder import run_folder_of
 from glare.segmenters import load_pretrained
 from glare.yaml_files import flatten, read_mapping
@@ -118,7 +118,7 @@ def _same_recipe(first: str | None, second: str | None) -> bool:
 
 
 def _what_matters(recipe: dict[str, Any]) -> dict[str, Any]:
-    left_out = BETWEEN_RUNS | CHANGE_NO_RESULT
+    left_out = BETWEEN_RUNS | (MAY_DIFFER_ON_RESUME - {"steps"})
     return {key: value for key, value in flatten(recipe).items() if key.split(".")[0] not in left_out}
 
 

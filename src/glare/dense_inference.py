@@ -80,23 +80,21 @@ class Sweep:
     def sizes(self, size: Size, *, patch: int = 1) -> list[Size]:
         """The sizes at which an image of ``size`` is segmented by a model with patches of ``patch`` px.
 
-        Raises UserError where a ratio makes it larger than `LARGEST_PIXELS`, or its longer side smaller than a patch.
+        No ratio makes its longer side shorter than a patch. Raises UserError where one makes it larger than
+        `LARGEST_PIXELS`.
         """
         factor = 1.0 if self.test_scale is None else factor_to_fit(torch.tensor(size), self.test_scale).item()
         height, width = (factor * side for side in size)
-        longer = max(height, width)
         for ratio in self.ratios:
             if height * ratio * width * ratio > max(LARGEST_PIXELS, size[0] * size[1]):
-                limit, other = f"at most {LARGEST_SIDE_PX} x {LARGEST_SIDE_PX} px", "lower"
-            elif int(longer * ratio + 0.5) < min(patch, longer):
-                limit, other = f"at least a patch of {patch} px", "higher"
-            else:
-                continue
-            raise UserError(
-                f"ratio {ratio:g} brings an image of {size[1]} x {size[0]} px to {width * ratio:.4g} x "
-                f"{height * ratio:.4g} px, {limit} can be segmented; give {other} ratios"
-            )
-        return [(max(1, int(height * ratio + 0.5)), max(1, int(width * ratio + 0.5))) for ratio in self.ratios]
+                raise UserError(
+                    f"ratio {ratio:g} brings an image of {size[1]} x {size[0]} px to {width * ratio:.4g} x "
+                    f"{height * ratio:.4g} px, at most {LARGEST_SIDE_PX} x {LARGEST_SIDE_PX} px can be segmented; give "
+                    "lower ratios"
+                )
+        least = min(1.0, patch / max(height, width))
+        factors = [max(ratio, least) for ratio in self.ratios]
+        return [(max(1, int(height * ratio + 0.5)), max(1, int(width * ratio + 0.5))) for ratio in factors]
 
     def windows(self, size: Size) -> list[Window]:
         """Windows of equal size that cover an image of ``size``; one for the whole if it fits."""

@@ -8,6 +8,7 @@ of the steps where that is less than 1500; images keep their native size, which 
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,7 @@ from glare.finetune_data import absent_classes, open_data, unusable, val_part
 from glare.finetune_log import describe_run, measurements, progress_text, summary
 from glare.finetune_plan import Plan, make_plan
 from glare.finetune_step import cut_batch, learning_rates, train_step
+from glare.json_files import read_json
 from glare.labelled_crops import TrainingCrops, scaled_sizes, to_device
 from glare.metrics import SegmentationScores
 from glare.model_card import write_card
@@ -306,14 +308,25 @@ def judge(job: Job, model: PreTrainedModel) -> tuple[SegmentationScores, list[tu
     return SegmentationScores.from_confusion(total, job.val.classes), gather_object(skipped)
 
 
+def drop_scores_of_others(run: Path) -> None:
+    """Remove ``eval.json`` where it is of other weights than ``model/``, as that of a run that has gone on."""
+    file = run / "eval.json"
+    if not file.exists():
+        return
+    with suppress(UserError):  # a broken one goes
+        if read_json(file).get("weights_sha256") == weights_digest(place_of(str(run))):
+            return
+    file.unlink()
+
+
 def finish(job: Job, model: PreTrainedModel, folder: RunFolder) -> None:
     """Write ``model/``, then evaluate where there are labels for it and write ``eval.json``."""
     if folder.write:
-        (folder.path / "eval.json").unlink(missing_ok=True)  # of a resumed run: the scores of fewer steps
         with folder.publish("model") as path:
             model.save_pretrained(path)
             patch = vit_of(model).patch_size
             image_processor(job.normalise, size=job.plan.crop_size, patch=patch).save_pretrained(path)
+        drop_scores_of_others(folder.path)
         write_report(folder)
         print(f"the model is in {folder.path / 'model'}")
     if job.val is None:

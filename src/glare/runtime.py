@@ -147,9 +147,15 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Undo ``optimizer_tensors``."""
+    """Undo ``optimizer_tensors``. Raises UserError where they are of other parameters, or of another order of them."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         number, name = key.split(".", 1)
+        if int(number) >= len(parameters) or (value.ndim and value.shape != parameters[int(number)].shape):
+            raise UserError(
+                "the checkpoint has the optimizer of other parameters, as those of earlier versions of glare may have; "
+                "begin anew in another --output, without --resume"
+            )
         state.setdefault(int(number), {})[name] = value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

@@ -105,7 +105,7 @@ def vit_of(segmenter: PreTrainedModel) -> GlareModel:
 def image_side(vit: GlareModel) -> int:
     """Side in px of the images that a ViT was made for, which its configuration may give as one number or as two."""
     size: int | Sequence[int] = vit.config.backbone_config.image_size
-    return size if isinstance(size, int) else size[0]
+    return size if isinstance(size, int) else max(size)
 
 
 def select_trained(segmenter: PreTrainedModel, train_on: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from labelled_samples import write_labelled
 from PIL import Image
 
 from glare.data.labelled import distinct_colours, open_labelled, pack_labelled
@@ -74,6 +75,14 @@ def test_match_and_subset(folder: Path) -> None:
     assert np.array_equal(few.read(0)[1], indices(0))
     with pytest.raises(UserError, match="match 'x' selects none of the 3 images"):
         open_labelled(str(folder), match="x")
+
+
+def test_images_that_are_called_like_labels_count_where_they_have_labels(tmp_path: Path) -> None:
+    write_labelled(tmp_path, 4)
+    for kind in ("images", "labels"):
+        for number, name in enumerate(("a", "a_gt", "b", "b_gt")):
+            (tmp_path / kind / f"scene_{number}.png").rename(tmp_path / kind / f"{name}.png")
+    assert list(open_labelled(str(tmp_path)).names) == ["a.png", "a_gt.png", "b.png", "b_gt.png"]
 
 
 def test_splits(tmp_path: Path) -> None:

@@ -69,6 +69,22 @@ def test_no_file_is_dropped_for_the_name_of_another(tmp_path: Path, caplog: pyte
     assert "its split 'train' is read; --split takes another one (test)" in caplog.text
 
 
+def test_names_that_datasets_writes_are_splits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path / "a/train.parquet", 1)
+    write(tmp_path / "a/eval.parquet", 2)
+    write(tmp_path / "b/train-00000-of-00001.parquet", 3)
+    write(tmp_path / "b/extra-00000-of-00002.parquet", 4)
+    write(tmp_path / "b/extra-00001-of-00002.parquet", 5)
+    write(tmp_path / "b/testing/0.parquet", 6)
+    assert levels(tmp_path / "a") == [1] and levels(tmp_path / "a", split="test") == [2]
+    assert levels(tmp_path / "b") == [3] and levels(tmp_path / "b", split="extra") == [4, 5]
+    assert levels(tmp_path / "b", split="testing") == [6]
+    assert "tell no split" not in caplog.text
+    write(tmp_path / "b/0.parquet", 7)
+    assert levels(tmp_path / "b") == [7, 3]
+    assert "the files whose names tell no split are train (1: 0.parquet)" in caplog.text
+
+
 def test_several_splits_without_train_have_to_be_chosen_from(tmp_path: Path) -> None:
     write(tmp_path / "val.parquet", 1)
     write(tmp_path / "test.parquet", 2, 3)

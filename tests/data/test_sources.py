@@ -130,6 +130,29 @@ def test_folders_called_like_labels_are_left_out_beside_any_pictures(
     assert caplog.messages == [f"{labels} of {str(tmp_path)!r} left out as labels by the name"]
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["mask/4.png", "mask/5.png", "no_mask/1.png", "no_mask/2.png"],
+        ["gt/a.png", "gt/b.png", "gt/c.png", "turbo/a.png"],
+        ["mask/1.png", "overview.png"],
+    ],
+)
+def test_folders_called_like_labels_of_other_pictures_hold_images(
+    names: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path, *names)
+    assert open_source(str(tmp_path)).names == names
+    assert caplog.messages == []
+
+
+def test_folders_of_classes_may_be_called_like_labels(tmp_path: Path) -> None:
+    names = ["face/1.png", "face/2.png", "mask/1.png", "mask/2.png"]
+    write(tmp_path, *names)
+    assert open_source(str(tmp_path)).names == names[:2]
+    assert open_source(str(tmp_path), labels=True).names == names
+
+
 def test_labels_inside_the_folder_of_their_pictures_are_left_out_however_many(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -173,6 +196,7 @@ def test_files_called_like_the_labels_of_their_neighbours_are_left_out(
         ["cat_1.png", "cat_mask.png", "dog_1.png", "dog_mask.png"],
         ["1.png", "1_gt.png", "2_gt.png", "3_gt.png"],  # whose pictures are not all there
         ["1_gt.png", "1_sat.png", "2_gt.png", "2_other.png"],
+        ["fiat.png", "ford-gt.png", "ford.png", "opel-gt.png", "opel.png", "seat.png", "vw.png"],  # few of them
     ],
 )
 def test_files_called_like_labels_that_are_none_are_images(
@@ -488,6 +512,14 @@ def test_16_bit_colours_by_the_depth_in_use(bands: int, most: int, interlaced: b
     tolerance = 1 if most > 4095 else 0  # by the high byte
     for found in (read(data), np.asarray(open_source(str(tmp_path)).read(0))):
         assert np.abs(found[..., 0].astype(int) - np.asarray(expected)[..., 0]).max() <= tolerance
+
+
+def test_a_transparent_16_bit_colour_stays_transparent() -> None:
+    data = grey_png(16, np.array([0, 0, 0, 4095, 0, 0], ">u2").tobytes(), width=2, colour=2)
+    key = b"tRNS" + bytes(6)
+    chunk = struct.pack(">I", 6) + key + struct.pack(">I", zlib.crc32(key))
+    place = data.index(b"IDAT") - 4
+    assert read(data[:place] + chunk + data[place:]).tolist() == [[list(BEHIND_TRANSPARENT), [255, 0, 0]]]
 
 
 def test_half_transparent_16_bit_colours_keep_their_alpha() -> None:

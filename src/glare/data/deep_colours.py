@@ -50,4 +50,6 @@ def scaled_colours(image: Image.Image, file: Path | BytesIO) -> Image.Image:
     found = Image.fromarray(colours)
     if "A" in image.getbands():
         found.putalpha(image.getchannel("A"))
+    elif "transparency" in image.info:
+        found.putalpha(image.convert("RGBA").getchannel("A"))
     return found

@@ -40,11 +40,22 @@ def label_folders(folders: Iterable[str]) -> list[str]:
     return sorted(name for name in folders if name.lower() in LABELS)
 
 
+def are_labels_of(labels: Iterable[str], pictures: Iterable[str]) -> bool:
+    """Whether half of some files or more, at least one, are called like a picture, in whatever folders they lie.
+
+    That is 7.png or 7_mask.png for 7.jpg or 7_sat.jpg.
+    """
+    known = {name for path in pictures for name in _beginnings(path, PICTURE_STEM)}
+    fitting = [not known.isdisjoint(_beginnings(path, LABEL_STEM)) for path in labels]
+    return 2 * sum(fitting) >= max(2, len(fitting))
+
+
 def label_files(files: Iterable[str]) -> dict[str, list[str]]:
     """Those of the neighbouring image files that are labels of others: ending, such as ``_mask``, -> names.
 
-    The files of an ending are labels if they are ``MANY`` at least and each has a picture beside it: all of the same
-    stem without the ending, or all with one other word in its place (7_sat.jpg and 7_mask.png).
+    The files of an ending are labels if they are ``MANY`` at least, and as many as half of the pictures, and each has
+    a picture beside it: all of the same stem without the ending, or all with one other word in its place (7_sat.jpg
+    and 7_mask.png).
     """
     labels: dict[str, dict[str, list[str]]] = {}
     pictures: list[str] = []
@@ -62,7 +73,14 @@ def label_files(files: Iterable[str]) -> dict[str, list[str]]:
         for ending, of_stem in labels.items()
         if any(of_stem.keys() <= known for known in beginnings)
     }
-    return {ending: names for ending, names in found.items() if len(names) >= MANY}
+    return {ending: names for ending, names in found.items() if len(names) >= max(MANY, len(pictures) / 2)}
+
+
+def _beginnings(path: str, pattern: re.Pattern[str]) -> set[str]:
+    """The stem of a file, and what comes before its last word if that fits."""
+    stem = path.rpartition("/")[2].rpartition(".")[0]
+    match = pattern.fullmatch(stem)
+    return {stem, match[1]} if match else {stem}
 
 
 def _by_last_word(stems: Iterable[str]) -> Iterable[set[str]]:

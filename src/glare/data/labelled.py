@@ -267,7 +267,7 @@ def _split_folder(data: Path, split: str | None) -> Path:
 
 
 def _folder(folder: Path, raster: RasterReading) -> LabelledSet:
-    names = image_names(folder / "images")
+    names = image_names(folder / "images", labels=True)
     if not names:
         raise UserError(f"folder {str(folder / 'images')!r} holds no images; {LAYOUT}")
     parts = list_parts(folder / "images", names, raster)

@@ -102,7 +102,7 @@ class Layout:
         if split in self.lists:
             return [f"{folders[0]}/{name}.jpg" for name in listed_names(root / self.lists[split])]
         there = [folder for folder in folders if (root / folder).is_dir()]
-        return [f"{folder}/{name}" for folder in there for name in image_names(root / folder)]
+        return [f"{folder}/{name}" for folder in there for name in image_names(root / folder, labels=True)]
 
     def label(self, root: Path, image: str) -> tuple[Path, LabelValues]:
         """The label of an image, and what its values mean; the last way to name it where no file is there."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from glare.data.label_names import IMAGES, label_files, label_folders
+from glare.data.label_names import IMAGES, are_labels_of, label_files, label_folders
 from glare.data.label_names import LABELS as LABELS
 from glare.data.notices import say_once
 from glare.errors import UserError
@@ -22,23 +22,23 @@ def image_files(folder: Path) -> list[Path]:
     return [folder / name for name in image_names(folder)]
 
 
-def image_names(folder: Path) -> list[str]:
+def image_names(folder: Path, *, labels: bool = False) -> list[str]:
     """Paths relative to ``folder``, with slashes, of the image files below it, in natural order.
 
     Each linked folder counts once, and a link to a folder that holds ``folder`` is not followed. Hidden files and
-    folders are left out, and in a folder with ``images`` and ``labels`` all but ``images``. Other folders that are
-    called like ones of labels are left out where images lie beside them, and so are files that are called like the
-    labels of their neighbours (see `label_names`). What is left out is said, but for ``labels`` beside ``images``.
-    What is named like an image is listed as it is; whether it can be read shows when it is. Raises UserError for a
-    folder that cannot be listed.
+    folders are left out, and in a folder with ``images`` and ``labels`` all but ``images``. Unless ``labels`` are
+    wanted, too, other folders that are called like ones of labels are left out where images of the same names lie
+    beside them, and so are files that are called like the labels of their neighbours (see `label_names`). What is left
+    out is said, but for ``labels`` beside ``images``. What is named like an image is listed as it is; whether it can be
+    read shows when it is. Raises UserError for a folder that cannot be listed.
     """
-    walk = _Walk(folder, seen={_identity(above) for above in folder.resolve().parents})
+    walk = _Walk(folder, labels, seen={_identity(above) for above in folder.resolve().parents})
     pending = [""]
     while pending:
         walk.through(pending)
         doubtful, walk.doubtful = walk.doubtful, []
         for name in doubtful:  # all of them before any is walked through
-            if _above(name) in walk.holding:
+            if walk.labels_neighbours(name):
                 walk.labels.append(name)
             else:
                 pending.append(f"{name}/")
@@ -51,14 +51,14 @@ def image_names(folder: Path) -> list[str]:
 class _Walk:
     """What is known of ``folder`` so far; all names are paths in it, those of folders that are walked end in a slash.
 
-    ``holding``: folders with images anywhere below. ``doubtful``: folders that hold labels if images lie beside them.
+    ``wanted``: whether labels are. ``doubtful``: folders that hold labels if images of their names lie beside them.
     ``labels``, ``endings`` (of files, and how many) and ``others`` are left out, the last for no name of theirs.
     """
 
     folder: Path
+    wanted: bool
     seen: set[tuple[int, int]]
     found: list[str] = field(default_factory=list)
-    holding: set[str] = field(default_factory=set)
     doubtful: list[str] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)
     endings: Counter[str] = field(default_factory=Counter)
@@ -81,10 +81,15 @@ class _Walk:
             folders, files = self._chosen(prefix, folders, files)
             self.found += [prefix + name for name in files]
             pending += [f"{prefix}{name}/" for name in sorted(folders, reverse=True)]
-            above = prefix
-            while files and above not in self.holding:
-                self.holding.add(above)
-                above = _above(above.removesuffix("/"))
+
+    def labels_neighbours(self, name: str) -> bool:
+        """Whether most pictures of the folder ``name`` are called like one of those found beside it."""
+        beside = [found for found in self.found if found.startswith(_above(name))]
+        if not beside:
+            return False
+        inside = _Walk(self.folder / name, wanted=True, seen=set(self.seen))
+        inside.through([""])
+        return are_labels_of(inside.found, beside)
 
     def _chosen(self, prefix: str, folders: list[str], files: list[str]) -> tuple[list[str], list[str]]:
         """The folders and files at ``prefix`` that are taken for images."""
@@ -92,6 +97,8 @@ class _Walk:
             self.others += [f"{prefix}{name}" for name in sorted(folders) if name not in ("images", "labels")]
             self.others += [f"{len(files)} pictures beside {prefix}images"] if files else []
             return ["images"], []
+        if self.wanted:
+            return folders, files
         labels = label_folders(folders)
         beside_images = not IMAGES.isdisjoint(name.lower() for name in folders)
         (self.labels if beside_images else self.doubtful).extend(prefix + name for name in labels)

@@ -15,8 +15,15 @@ from glare.paths import printable
 SHARDS = {"parquet": "parquet", "tar": "webdataset"}
 """File extension -> the builder of `datasets` that reads it."""
 
-SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "validation", "valid", "dev"), "test": ("test",)}
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "val": ("val", "validation", "valid", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
 """Split -> what tables and folders may call it."""
+
+NUMBERED = re.compile(r"(.+)-\d{5}-of-\d{5}\.\w+")
+MOST_NAMES = 5  # that one line lists
 
 
 def has_shards(folder: Path) -> bool:
@@ -27,8 +34,8 @@ def has_shards(folder: Path) -> bool:
 def find_shards(place: Path) -> tuple[str, dict[str, list[Path]]]:
     """The builder that reads the shard or the folder of shards, and by split its files.
 
-    A file belongs to the split that a word of its name or of its folder is (``val-00000.parquet``,
-    ``validation/a.parquet``), to train without one. Raises UserError without shards, and for both kinds together.
+    A file belongs to the split that `split_of` reads from its name; those that tell none are train, which is said
+    where others do. Raises UserError without shards, and for both kinds together.
     """
     files = [place] if place.is_file() else sorted(_shards(place), key=lambda file: natural(file.as_posix()))
     kinds = {extension_of(file.name) for file in files}
@@ -40,14 +47,26 @@ def find_shards(place: Path) -> tuple[str, dict[str, list[Path]]]:
     found_splits: dict[str, list[Path]] = {}
     for file in files:
         within = file.name if file == place else file.relative_to(place).as_posix()
-        found_splits.setdefault(split_of(within), []).append(file)
+        found_splits.setdefault(split_of(within) or "", []).append(file)
+    unnamed = found_splits.pop("", [])
+    if found_splits and unnamed:
+        names = ", ".join(printable(file.name) for file in unnamed[:MOST_NAMES])
+        say_once(f"of {str(place)!r} the files whose names tell no split are train ({len(unnamed)}: {names})")
+    if unnamed:
+        found_splits["train"] = sorted([*found_splits.get("train", []), *unnamed], key=files.index)
     return SHARDS[kinds.pop()], found_splits
 
 
-def split_of(name: str) -> str:
-    """The split that a word of a shard's name tells, the first if there are several; train without one."""
+def split_of(name: str) -> str | None:
+    """The split that the name of a shard, or of its folder, tells; None where it tells none.
+
+    That is the first word that is a usual name (``val-0.parquet``, ``validation/a.parquet``), else what comes before
+    the numbers in ``extra-00000-of-00002.parquet``, as `datasets` writes it.
+    """
     words = re.findall("[a-z]+", name.lower())
-    return next((split for word in words for split, others in SPLIT_NAMES.items() if word in others), "train")
+    usual = (split for word in words for split, others in SPLIT_NAMES.items() if word in others)
+    numbered = NUMBERED.fullmatch(name.rpartition("/")[2])
+    return next(usual, numbered[1] if numbered else None)
 
 
 def choose_split(names: Iterable[str], wanted: str | None, *, data: str) -> str:

@@ -115,7 +115,12 @@ class Images:
 
 
 def open_source(
-    data: str, *, split: str | None = None, match: str | None = None, raster: RasterReading = AS_NEEDED
+    data: str,
+    *,
+    split: str | None = None,
+    match: str | None = None,
+    raster: RasterReading = AS_NEEDED,
+    labels: bool = False,
 ) -> Images:
     """List the images that ``data`` names.
 
@@ -129,6 +134,7 @@ def open_source(
         match: globs on file stems, comma-separated, a leading ``!`` excludes: ``tile[134]_*,!tile1_003``. One with a
             ``/`` is held against the path, from its start or from any folder on: ``train/*``.
         raster: how the GeoTIFFs of folders are read.
+        labels: whether pictures of a folder that are called like labels are listed, too.
 
     Raises:
         UserError: there is no such data or split, it holds no images, or ``match`` selects none.
@@ -136,7 +142,7 @@ def open_source(
     path = local_path(data)
     kind = kind_of(path) if data else None
     if kind == "folder":
-        images = _open_folder(path, split, raster)
+        images = _open_folder(path, split, raster, labels)
     elif kind == "file":
         images = _open_file(path, split, raster)
     elif data.partition(":")[0] == "landcover":
@@ -309,12 +315,12 @@ def check_whole(data: str, raster: RasterReading) -> None:
         )
 
 
-def _open_folder(folder: Path, split: str | None, raster: RasterReading) -> Images:
+def _open_folder(folder: Path, split: str | None, raster: RasterReading, labels: bool) -> Images:
     if split is not None and not splits(folder) and not image_names(folder) and has_shards(folder):
         return table_images(str(folder), split, raster)
     part = split_folder(folder, split)
     check_unnamed(part, otherwise="the folder of its images alone")
-    if names := image_names(part):
+    if names := image_names(part, labels=labels):
         return folder_images(list_parts(part, names, raster))
     if has_shards(part):
         return table_images(str(part), None, raster)

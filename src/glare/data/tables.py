@@ -90,7 +90,7 @@ def _open_address(data: str, split: str | None, *, streaming: bool) -> Any:
     extension = extension_of(data)
     if extension not in SHARDS:
         raise UserError(f"data {data!r} is no table by its name; give one that ends in .parquet or .tar")
-    choose_split([split_of(data.rpartition("/")[2])], split, data=data)
+    choose_split([split_of(data.rpartition("/")[2]) or "train"], split, data=data)
     return load_files(SHARDS[extension], [data], data=data, streaming=streaming)
 
 
