@@ -128,9 +128,8 @@ def open_source(
         data: a folder (of any depth; of one with ``images`` and ``labels`` side by side only ``images``), an
             image, a parquet file or tar shard, a folder or address of them, a data set of the Hub as ``owner/name`` or
             ``owner/name:configuration``, or ``landcover:<domain>[:count[:seed]]``.
-        split: sub-folder of a folder with ``<split>/images``, train, val or test of the catalog's, or a split that
-            `datasets` finds in a table or on the Hub; None takes all images of a folder, else train, or the largest
-            split of a table without train.
+        split: sub-folder of a folder with ``<split>/images``, train, val or test of the catalog's, or a split of
+            the Hub's or of shards by their names; None takes all images of a folder, else train, or the only split.
         match: globs on file stems, comma-separated, a leading ``!`` excludes: ``tile[134]_*,!tile1_003``. One with a
             ``/`` is held against the path, from its start or from any folder on: ``train/*``.
         raster: how the GeoTIFFs of folders are read.
