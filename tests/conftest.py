@@ -13,11 +13,19 @@ from tiny_models import FAMILIES, tiny_config, tiny_vit
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from glare.data.notices import say_once
+
 logging.disable_progress_bar()
 settings.register_profile(
     "repeatable", derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True)
+def nothing_said_yet() -> None:
+    """What is said once is said once in each test, also where its folder has the name of an earlier one's."""
+    say_once.cache_clear()
 
 
 @pytest.fixture(params=FAMILIES)

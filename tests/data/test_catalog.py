@@ -844,11 +844,6 @@ def test_fine_tuning_and_evaluation_by_name(tmp_path: Path) -> None:
     assert cli.main(["evaluate", "--model", str(run), "--data", data, "--split", "test"]) == 2
 
 
-@pytest.fixture(autouse=True)
-def each_test_says_it_anew() -> None:
-    say_once.cache_clear()
-
-
 def table_row(name: str) -> str:
     """An entry as training/README.md has it."""
     entry = CATALOG[name]
