@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from glob import escape
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ from glare.data.catalog import ALL, Entry, HubCopy, Named
 from glare.data.layouts import LabelValues, Layout
 from glare.data.notices import say_once
 from glare.data.pets_study import BUDGETS, PREFIX, is_study, study_split
-from glare.data.shards import check_shards, choose_split, find_shards, has_shards
-from glare.data.tables import load_files, load_hub_split, picture_columns, picture_file, undecoded
+from glare.data.shards import choose_split, has_shards
+from glare.data.tables import load_hub_split, load_shards, picture_columns, picture_file, undecoded
 from glare.errors import UserError, first_line
 from glare.model_names import is_repo_id
 from glare.paths import kind_of, local_path, printable
@@ -169,10 +168,7 @@ def _any_hub(wanted: Named, hub_id: str, split: str, *, labelled: bool) -> Part:
 
 def _tables(wanted: Named, folder: Path, split: str, *, labelled: bool) -> Part:
     """Parquet files, whose names tell their splits."""
-    builder, shards = find_shards(folder)
-    files = shards[choose_split(shards, split, data=str(wanted))]
-    check_shards(files)
-    rows = load_files(builder, [escape(str(file)) for file in files], data=str(folder))
+    rows, _ = load_shards(folder, split, data=str(wanted))
     return _chosen(wanted, rows, split, labelled=labelled, folder=folder)
 
 

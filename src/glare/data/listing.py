@@ -2,13 +2,13 @@
 
 import os
 import re
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from glare.data.label_names import IMAGES, are_labels_of, label_files, label_folders
-from glare.data.label_names import LABELS as LABELS
 from glare.data.notices import say_once
 from glare.errors import UserError
 
@@ -37,8 +37,9 @@ def image_names(folder: Path, *, labels: bool = False) -> list[str]:
     while pending:
         walk.through(pending)
         doubtful, walk.doubtful = walk.doubtful, []
+        found = sorted(walk.found)
         for name in doubtful:  # all of them before any is walked through
-            if walk.labels_neighbours(name):
+            if walk.labels_neighbours(name, found):
                 walk.labels.append(name)
             else:
                 pending.append(f"{name}/")
@@ -82,9 +83,11 @@ class _Walk:
             self.found += [prefix + name for name in files]
             pending += [f"{prefix}{name}/" for name in sorted(folders, reverse=True)]
 
-    def labels_neighbours(self, name: str) -> bool:
-        """Whether most pictures of the folder ``name`` are called like one of those found beside it."""
-        beside = [found for found in self.found if found.startswith(_above(name))]
+    def labels_neighbours(self, name: str, found: list[str]) -> bool:
+        """Whether half of the pictures of the folder ``name`` are called like one beside it; ``found`` is sorted."""
+        above = _above(name)
+        end = bisect_left(found, f"{above[:-1]}0") if above else len(found)  # 0 comes after the slash
+        beside = found[bisect_left(found, above) : end]
         if not beside:
             return False
         inside = _Walk(self.folder / name, wanted=True, seen=set(self.seen))
@@ -111,14 +114,14 @@ class _Walk:
         """One line on each kind of what is left out."""
         place = repr(str(self.folder))
         if self.labels:
-            yield f"{_listed(self.labels)} of {place} left out as labels by the name"
+            yield f"{listed(self.labels)} of {place} left out as labels by the name"
         for ending, count in self.endings.items():
             yield f"{count} files *{ending}.* of {place} left out as labels of the pictures beside them, by the name"
         if self.others:
-            yield f"{_listed(self.others)} of {place} left out: beside labels only images is taken"
+            yield f"{listed(self.others)} of {place} left out: beside labels only images is taken"
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
     """The first of some names, and how many more there are."""
     more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
     return ", ".join(names[:MOST_NAMES]) + more

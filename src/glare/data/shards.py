@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from glare.data.listing import extension_of, natural
+from glare.data.listing import extension_of, listed, natural
 from glare.data.notices import say_once
 from glare.data.opening import check_archive
 from glare.errors import UserError, first_line
@@ -23,7 +23,6 @@ SPLIT_NAMES = {
 """Split -> what tables and folders may call it."""
 
 NUMBERED = re.compile(r"(.+)-\d{5}-of-\d{5}\.\w+")
-MOST_NAMES = 5  # that one line lists
 
 
 def has_shards(folder: Path) -> bool:
@@ -44,16 +43,13 @@ def find_shards(place: Path) -> tuple[str, dict[str, list[Path]]]:
         raise UserError(
             f"data {str(place)!r} has to be files of one kind that end in .{' or .'.join(SHARDS)}; found: {found}"
         )
+    told = [split_of(file.name if file == place else file.relative_to(place).as_posix()) for file in files]
+    unnamed = [printable(file.name) for file, split in zip(files, told, strict=True) if split is None]
+    if 0 < len(unnamed) < len(files):
+        say_once(f"of {str(place)!r} the files whose names tell no split are train ({len(unnamed)}: {listed(unnamed)})")
     found_splits: dict[str, list[Path]] = {}
-    for file in files:
-        within = file.name if file == place else file.relative_to(place).as_posix()
-        found_splits.setdefault(split_of(within) or "", []).append(file)
-    unnamed = found_splits.pop("", [])
-    if found_splits and unnamed:
-        names = ", ".join(printable(file.name) for file in unnamed[:MOST_NAMES])
-        say_once(f"of {str(place)!r} the files whose names tell no split are train ({len(unnamed)}: {names})")
-    if unnamed:
-        found_splits["train"] = sorted([*found_splits.get("train", []), *unnamed], key=files.index)
+    for file, split in zip(files, told, strict=True):
+        found_splits.setdefault(split or "train", []).append(file)
     return SHARDS[kinds.pop()], found_splits
 
 

@@ -13,7 +13,8 @@ from huggingface_hub import HfFileSystem, snapshot_download
 from PIL import Image
 
 from glare.data.catalog import named
-from glare.data.listing import LABELS, extension_of, image_names
+from glare.data.label_names import LABELS
+from glare.data.listing import extension_of, image_names
 from glare.data.notices import say_once
 from glare.data.opening import open_picture
 from glare.data.shards import SHARDS, check_shards, choose_split, find_shards, has_shards, split_of
@@ -67,17 +68,23 @@ def open_table(data: str, *, split: str | None = None, streaming: bool = False) 
     if data.startswith(REMOTE):
         folder, count, rows = None, None, _open_address(data, split, streaming=streaming)
     elif kind_of(path) is not None:
-        builder, shards = find_shards(path)
-        chosen = choose_split(shards, split, data=data)
-        folder, count = (path if path.is_dir() else path.parent), check_shards(shards[chosen])
-        rows = load_files(builder, [escape(str(file)) for file in shards[chosen]], data=data, streaming=streaming)
+        folder = path if path.is_dir() else path.parent
+        rows, count = load_shards(path, split, data=data, streaming=streaming)
     else:
         folder, count, rows = None, None, _open_hub(data, split, streaming=streaming)
     column = _image_column(rows.features or {}, data=data)
     return Table(undecoded(rows, [column]), column, folder, count if streaming else len(rows))
 
 
-def load_files(builder: str, files: list[str], *, data: str, streaming: bool = False) -> Any:
+def load_shards(place: Path, split: str | None, *, data: str, streaming: bool = False) -> tuple[Any, int | None]:
+    """The rows of one split of the shards at ``place``, and how many these are as far as the shards say it."""
+    builder, shards = find_shards(place)
+    files = shards[choose_split(shards, split, data=data)]
+    count = check_shards(files)
+    return _load(builder, [escape(str(file)) for file in files], data=data, streaming=streaming), count
+
+
+def _load(builder: str, files: list[str], *, data: str, streaming: bool) -> Any:
     """The rows of files (patterns) of one kind. Raises UserError where they cannot be read."""
     try:
         return datasets.load_dataset(builder, data_files={"train": files}, split="train", streaming=streaming)
@@ -91,7 +98,7 @@ def _open_address(data: str, split: str | None, *, streaming: bool) -> Any:
     if extension not in SHARDS:
         raise UserError(f"data {data!r} is no table by its name; give one that ends in .parquet or .tar")
     choose_split([split_of(data.rpartition("/")[2]) or "train"], split, data=data)
-    return load_files(SHARDS[extension], [data], data=data, streaming=streaming)
+    return _load(SHARDS[extension], [data], data=data, streaming=streaming)
 
 
 def _open_hub(data: str, split: str | None, *, streaming: bool) -> Any:
