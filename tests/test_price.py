@@ -163,6 +163,16 @@ def test_a_meter_writes_what_a_run_cost(
 
 @pytest.mark.parametrize(("platform", "factor"), [("linux", 1024), ("darwin", 1)])
 def test_the_resident_set_is_told_in_bytes(monkeypatch: pytest.MonkeyPatch, platform: str, factor: int) -> None:
+    monkeypatch.setattr(prices, "STATUS", Path("absent"))
     monkeypatch.setattr(prices.sys, "platform", platform)
     monkeypatch.setattr(prices.resource, "getrusage", lambda _: type("Usage", (), {"ru_maxrss": 5000})())
     assert peak_memory_bytes(torch.device("cpu")) == 5000 * factor
+
+
+def test_the_peak_of_the_process_that_started_this_one_is_not_counted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    status = tmp_path / "status"
+    status.write_text("Name:\tpython\nVmPeak:\t 900000 kB\nVmHWM:\t    7000 kB\nVmRSS:\t    6000 kB\n")
+    monkeypatch.setattr(prices, "STATUS", status)
+    assert peak_memory_bytes(torch.device("cpu")) == 7000 * 1024

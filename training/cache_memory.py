@@ -19,12 +19,14 @@ from glare.crops import PackedImages, cut
 from glare.data.cache import pack
 from glare.data.sources import open_source
 from glare.geometry import Crop
+from glare.price import peak_memory_bytes, reset_peak_memory
 from glare.runtime import epoch_batches
 
 DIFFERENT = 200  # files; the others are links to them
 SIDES = (320, 240)
 ALLOWED = 500 * 10**6
 BATCH, CROP = 64, 96
+CPU = torch.device("cpu")
 
 
 def write_images(folder: Path, count: int) -> None:
@@ -40,12 +42,6 @@ def write_images(folder: Path, count: int) -> None:
             os.link(folder / "000" / f"{index % DIFFERENT:06d}.jpg", file)
 
 
-def peak_bytes() -> int:
-    """The most memory this process has had since its peak was reset."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(fields["VmHWM"].split()[0]) * 1024
-
-
 def read_a_pass(images: PackedImages) -> None:
     """Cut a quarter of each image."""
     for index in islice(epoch_batches(len(images), BATCH, seed=0), len(images) // BATCH):
@@ -59,12 +55,11 @@ def main() -> int:
     parser.add_argument("--images", type=int, default=20_000)
     with TemporaryDirectory() as name:
         write_images(Path(name), parser.parse_args().images)
-        Path("/proc/self/clear_refs").write_text("5")
-        before = peak_bytes()
+        before = reset_peak_memory(CPU)
         packed = pack(open_source(name))
-        decoding = peak_bytes() - before
+        decoding = peak_memory_bytes(CPU) - before
         read_a_pass(packed.images)
-        grown = peak_bytes() - before
+        grown = peak_memory_bytes(CPU) - before
     pixels = packed.images.pixels.nbytes
     print(
         f"{len(packed.names)} images, {pixels / 1e6:.0f} MB of pixels; memory grew by {decoding / 1e6:.0f} MB to ",

@@ -4,6 +4,7 @@ Training writes ``price.json`` into its run folder, a comparison reads it.
 """
 
 import math
+import re
 import resource
 import statistics
 import sys
@@ -26,7 +27,9 @@ from glare.runtime import Clock, finish
 FILE = "price.json"
 RECORDED = ("parameters_trained", "seconds", "peak_memory_bytes")
 LARGEST = 1e18  # of what is recorded: bytes, seconds, weights
-CLEAR_REFS = Path("/proc/self/clear_refs")  # of Linux: 5 sets the peak of the resident set to what it is now
+STATUS = Path("/proc/self/status")  # of Linux, with the peak of the resident set
+RESIDENT_PEAK = re.compile(r"VmHWM:\s*(\d+) kB")
+CLEAR_REFS = Path("/proc/self/clear_refs")  # of Linux: 5 sets that peak to what it is now
 TAIL, NORMAL = 0.025, 1.96  # of a 95 % interval: probability on each side, half its width in standard errors
 
 
@@ -69,8 +72,11 @@ def peak_memory_bytes(device: torch.device) -> int:
     """The most memory held so far: allocated on a CUDA device, elsewhere the resident set of the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+    peak = RESIDENT_PEAK.search(STATUS.read_text()) if STATUS.exists() else None
+    if peak:  # what getrusage tells begins, on Linux, with the peak of the process that started this one
+        return int(peak[1]) * 1024
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return resident if sys.platform == "darwin" else resident * 1024  # macOS counts bytes, others KiB
 
 
 def reset_peak_memory(device: torch.device) -> int:

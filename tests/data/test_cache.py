@@ -17,6 +17,9 @@ from glare.data import cache
 from glare.data.cache import Packed, free_memory, memory_budget, pack
 from glare.data.sources import BadImage, Images, open_source
 from glare.errors import UserError
+from glare.price import CLEAR_REFS, peak_memory_bytes, reset_peak_memory
+
+CPU = torch.device("cpu")
 
 
 def picture(seed: int, *, width: int = 8, height: int = 6) -> Image.Image:
@@ -167,22 +170,14 @@ def test_files_are_reduced_as_the_source_does(tmp_path: Path) -> None:
 # memory
 
 
-def peak_bytes() -> int:
-    """The most memory this process has had since its peak was reset."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(fields["VmHWM"].split()[0]) * 1024
-
-
 def test_memory_never_holds_the_pixels_twice() -> None:
-    reset = Path("/proc/self/clear_refs")
-    if not reset.exists():
+    if not CLEAR_REFS.exists():
         pytest.skip("needs a system that can reset the peak of memory")
     images = Images([str(i) for i in range(90)], lambda i: Image.new("RGB", (900 + i, 1000), (i, 0, 0)))
-    reset.write_text("5")
-    before = peak_bytes()
+    before = reset_peak_memory(CPU)
     packed = pack(images, workers=1)
     assert packed.images.pixels.nbytes > 3 * cache.PIECE_BYTES
-    assert peak_bytes() - before < 1.5 * packed.images.pixels.nbytes
+    assert peak_memory_bytes(CPU) - before < 1.5 * packed.images.pixels.nbytes
     assert packed.images.pixels.untyped_storage().nbytes() == packed.images.pixels.nbytes
 
 

@@ -558,15 +558,17 @@ def test_the_cache_holds_a_row_of_windows_of_strips(tmp_path: Path) -> None:
 
 
 MEMORY = """
-import resource, sys
+import sys
+import torch
 from glare.data import geotiff
 from glare.data.sources import RasterReading, open_source
+from glare.price import peak_memory_bytes, reset_peak_memory
 geotiff.CACHE_BYTES = 2**24
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = reset_peak_memory(torch.device("cpu"))
 source = open_source(sys.argv[1], raster=RasterReading(tile=500))
 for index in range(len(source)):
     source.read(index)
-print(len(source), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+print(len(source), (peak_memory_bytes(torch.device("cpu")) - before) // 2**20)
 """
 
 
