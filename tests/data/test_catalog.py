@@ -673,15 +673,27 @@ def test_a_copy_on_the_hub_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch
     expected_text = r"zhoubolei/scene_parse_150, cannot be loaded \(Couldn't reach it\); .* --data ade20k:FOLDER"
     with pytest.raises(UserError, match=expected_text):
         open_labelled("ade20k", split="val")
-    with pytest.raises(UserError, match=r"'loveda:me/copy' names 'me/copy', neither a folder nor a loadable Hub"):
+    with pytest.raises(
+        UserError, match=r"'loveda:me/copy' is neither an existing path nor a loadable Hub .* \(Couldn't reach it\)"
+    ):
         open_source("loveda:me/copy")
 
 
 def test_a_copy_of_the_user_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     archive = ARCHIVES["loveda"]
     splits = datasets.DatasetDict({"train": table(archive, "train"), "validation": table(archive, "val")})
-    monkeypatch.setattr(datasets, "load_dataset", lambda name: {"me/copy": splits}[name])
+    copies = {("me/copy", None): splits, ("me/copies", "whole"): splits}
+
+    def load(hub_id: str, *, name: str | None = None) -> datasets.DatasetDict:
+        if (hub_id, name) not in copies:
+            raise ValueError("Config name is missing.\nPlease pick one among the available configs: ['whole', 'parts']")
+        return copies[hub_id, name]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
     assert_rows("loveda:me/copy", archive, "val")
+    assert_rows("loveda:me/copies:whole", archive, "val")
+    with pytest.raises(UserError, match="has configurations 'whole', 'parts'; give one as loveda:me/copies:NAME"):
+        open_source("loveda:me/copies")
     assert origin_of("dataset", "loveda:me/copy").name == "LoveDA"
 
 
@@ -836,7 +848,8 @@ def test_fine_tuning_and_evaluation_by_name(tmp_path: Path) -> None:
     assert (scores["num_images"], scores["split"], scores["data"]) == (3, "val", data)
 
     again = tmp_path / "again.json"
-    assert cli.main(["evaluate", "--model", str(run), "--data", data, "--device", "cpu", "--json", str(again)]) == 0
+    as_trained = ["--device", "cpu", "--precision", "fp32"]
+    assert cli.main(["evaluate", "--model", str(run), "--data", data, *as_trained, "--json", str(again)]) == 0
     assert json.loads(again.read_text())["iou"] == scores["iou"]
     card = (run / "model" / "README.md").read_text()
     assert "LoveDA" in card and "cc-by-nc-sa-4.0" in card

@@ -24,6 +24,7 @@ from glare.model_names import is_repo_id
 from glare.paths import kind_of, local_path
 
 REMOTE = ("https://", "http://", "hf://")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?")  # a configuration after the colon
 HUB_FILE = "hf://datasets/"
 CONFIGURATIONS = re.compile(r"Please pick one among the available configs: \[(.*)\]")
 PARQUET = "refs/convert/parquet"
@@ -71,7 +72,7 @@ def open_table(data: str, *, split: str | None = None, streaming: bool = False) 
         folder = path if path.is_dir() else path.parent
         rows, count = load_shards(path, split, data=data, streaming=streaming)
     else:
-        folder, count, rows = None, None, _open_hub(data, split, streaming=streaming)
+        folder, count, rows = None, None, open_hub(data, split, data=data, streaming=streaming)
     column = _image_column(rows.features or {}, data=data)
     return Table(undecoded(rows, [column]), column, folder, count if streaming else len(rows))
 
@@ -101,8 +102,12 @@ def _open_address(data: str, split: str | None, *, streaming: bool) -> Any:
     return _load(SHARDS[extension], [data], data=data, streaming=streaming)
 
 
-def _open_hub(data: str, split: str | None, *, streaming: bool) -> Any:
-    hub_id, _, configuration = data.partition(":")
+def open_hub(hub: str, split: str | None, *, data: str, streaming: bool = False) -> Any:
+    """The rows of one split of ``owner/name[:configuration]`` on the Hub, which is what the user calls ``data``.
+
+    Raises UserError where it cannot be loaded, or has no such split.
+    """
+    hub_id, _, configuration = hub.partition(":")
     chosen = {"name": configuration} if configuration else {}
     try:
         splits = datasets.load_dataset(hub_id, **chosen, **({"streaming": True} if streaming else {}))
