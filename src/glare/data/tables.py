@@ -7,6 +7,7 @@ from glob import escape
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import datasets
 from huggingface_hub import HfFileSystem, snapshot_download
@@ -91,14 +92,16 @@ def _load(builder: str, files: list[str], *, data: str, streaming: bool) -> Any:
         return datasets.load_dataset(builder, data_files={"train": files}, split="train", streaming=streaming)
     except Exception as error:  # no connection, files of different columns, a broken file, ...
         said = first_line(error.__cause__ or error)
-        raise UserError(f"data {data!r} cannot be read ({said}); repair it or write it again") from error
+        remedy = "check the address and the connection" if data.startswith(REMOTE) else "repair it or write it again"
+        raise UserError(f"data {data!r} cannot be read ({said}); {remedy}") from error
 
 
 def _open_address(data: str, split: str | None, *, streaming: bool) -> Any:
-    extension = extension_of(data)
+    name = urlsplit(data).path.rpartition("/")[2]  # without a query such as ?download=true
+    extension = extension_of(name)
     if extension not in SHARDS:
         raise UserError(f"data {data!r} is no table by its name; give one that ends in .parquet or .tar")
-    choose_split([split_of(data.rpartition("/")[2]) or "train"], split, data=data)
+    choose_split([split_of(name) or "train"], split, data=data)
     return _load(SHARDS[extension], [data], data=data, streaming=streaming)
 
 
