@@ -1,5 +1,6 @@
 """Data sets by name: each archive's layout read back exactly, its label rule, and what each mistake is told."""
 
+import hashlib
 import json
 import logging
 from dataclasses import dataclass, field, replace
@@ -210,6 +211,22 @@ def test_some_classes_by_index() -> None:
     assert CATALOG["cityscapes"].classes.palette[13] == (0, 0, 142)
     assert at["loveda"] == at["landcover"] == tuple(parse_landcover("landcover:arid").classes)
     assert CATALOG["ade20k"].classes.palette[149] == (92, 0, 255)
+
+
+DIGESTS = {
+    "ade20k": "7a565e83cc0e8630",
+    "pascal_context": "4f70ef34608c74c6",
+    "cityscapes": "ec48b97380d3b479",
+    "loveda": "d30d484bc0472f03",
+    "camvid": "ea5d5a1ad5a3ce38",
+}
+
+
+@pytest.mark.parametrize("name", DIGESTS)
+def test_names_and_colours_are_those_that_were_compared_with_the_sources(name: str) -> None:
+    """All of them: with mmsegmentation's data sets, of CamVid with the script of SegNet's tutorial."""
+    classes = CATALOG[name].classes
+    assert hashlib.sha256(repr((classes.names, classes.palette)).encode()).hexdigest()[:16] == DIGESTS[name]
 
 
 # layouts
