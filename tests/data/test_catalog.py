@@ -409,12 +409,16 @@ def test_only_the_main_process_of_a_run_says_the_number(
         assert len(caplog.messages) == lines
 
 
-def test_a_number_that_is_right_is_not_said(
+def test_a_number_that_is_right_is_not_said_and_one_too_many_is(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(CATALOG["camvid"].counts, "train", 2)
-    open_labelled(f"camvid:{ARCHIVES['camvid'].write(tmp_path)}", split="train")
+    data = f"camvid:{ARCHIVES['camvid'].write(tmp_path)}"
+    open_labelled(data, split="train")
     assert caplog.messages == []
+    monkeypatch.setitem(CATALOG["camvid"].counts, "train", 1)
+    open_labelled(data, split="train")
+    assert caplog.messages == [f"{data}: train has 2 images here, 1 in the whole of CamVid"]
 
 
 def test_values_that_are_no_class_spoil_the_image(tmp_path: Path) -> None:
