@@ -100,6 +100,16 @@ def test_mistakes_with_streamed_tables(
     assert not (tmp_path / "run").exists()
 
 
+def test_too_few_shards_for_the_processes_leave_no_run_folder(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Parquet files are divided by their row groups, of which each has one here."""
+    monkeypatch.setattr(Accelerator, "num_processes", 3)
+    assert pretrain(inputs, tmp_path / "run", data=inputs / "shards", streaming=True, steps=2) == 2
+    assert "has 2 shards for 3 processes that read; write it as 3 files or more" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_name_of_the_catalog_is_no_table_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     """Though ade20k has the form of a Hub id."""
     asked: list[tuple[str, str | None]] = []

@@ -17,7 +17,7 @@ from glare.crops import PackedImages, fits, subset
 from glare.data.cache import memory_budget, pack, skipped_lines
 from glare.data.few_shot import drawn
 from glare.data.sources import Images, check_whole, fit, open_source
-from glare.data.streaming import SHUFFLE_BUFFER, Stream
+from glare.data.streaming import SHUFFLE_BUFFER, Stream, enough_shards
 from glare.data.tables import Table, open_table, streamable
 from glare.errors import UserError
 from glare.runtime import epoch_batches
@@ -126,6 +126,9 @@ def _cached(source: Images, recipe: Any, accelerator: Accelerator) -> Feed:
 
 
 def _streamed(source: Images | Table, recipe: Any, accelerator: Accelerator) -> Feed:
+    if isinstance(source, Table):
+        enough_shards(source.rows, accelerator.num_processes, data=recipe.data)  # said before anything is written
+
     def stream(batch_size: int, rank: int, world: int) -> Stream:
         workers = min(8, cpu_count() or 1) if recipe.num_workers is None else recipe.num_workers
         short_side = recipe.image_size or None

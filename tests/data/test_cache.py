@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from glare.data import cache
-from glare.data.cache import Packed, free_memory, memory_budget, pack
+from glare.data.cache import Packed, pack
 from glare.data.sources import BadImage, Images, open_source
 from glare.errors import UserError
 from glare.price import CLEAR_REFS, peak_memory_bytes, reset_peak_memory
@@ -239,25 +239,6 @@ def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("tempfile.TemporaryFile", full)
     with pytest.raises(UserError, match=r"do not fit into .*No space left.* more room"):
         pack(Pictures(*several(40)), spill=tmp_path)
-
-
-def test_free_memory_heeds_the_system_and_the_control_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert 2**20 < memory_budget() <= free_memory() // 2 * 1.1
-    (tmp_path / "meminfo").write_text("MemTotal:       2000 kB\nMemAvailable:   1000 kB\n")
-    monkeypatch.setattr(cache, "MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(cache, "CGROUP", tmp_path)
-    assert free_memory() == 1000 * 1024
-    (tmp_path / "memory.max").write_text("max\n")
-    (tmp_path / "memory.current").write_text("100000\n")
-    assert free_memory() == 1000 * 1024
-    (tmp_path / "memory.max").write_text("500000\n")
-    assert free_memory() == 400_000
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert memory_budget() == 50_000
-    (tmp_path / "memory.max").write_text("50000\n")
-    assert free_memory() == 0
-    monkeypatch.setattr(cache, "MEMINFO", tmp_path / "absent")
-    assert free_memory() > 2**20
 
 
 def test_the_bar_shows_only_when_wanted(capsys: pytest.CaptureFixture[str]) -> None:

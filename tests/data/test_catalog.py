@@ -1,5 +1,6 @@
 """Data sets by name: each archive's layout read back exactly, its label rule, and what each mistake is told."""
 
+import hashlib
 import json
 import logging
 from dataclasses import dataclass, field, replace
@@ -212,6 +213,22 @@ def test_some_classes_by_index() -> None:
     assert CATALOG["ade20k"].classes.palette[149] == (92, 0, 255)
 
 
+DIGESTS = {
+    "ade20k": "7a565e83cc0e8630",
+    "pascal_context": "4f70ef34608c74c6",
+    "cityscapes": "ec48b97380d3b479",
+    "loveda": "d30d484bc0472f03",
+    "camvid": "ea5d5a1ad5a3ce38",
+}
+
+
+@pytest.mark.parametrize("name", DIGESTS)
+def test_names_and_colours_are_those_that_were_compared_with_the_sources(name: str) -> None:
+    """All of them: with mmsegmentation's data sets, of CamVid with the script of SegNet's tutorial."""
+    classes = CATALOG[name].classes
+    assert hashlib.sha256(repr((classes.names, classes.palette)).encode()).hexdigest()[:16] == DIGESTS[name]
+
+
 # layouts
 
 
@@ -392,12 +409,16 @@ def test_only_the_main_process_of_a_run_says_the_number(
         assert len(caplog.messages) == lines
 
 
-def test_a_number_that_is_right_is_not_said(
+def test_a_number_that_is_right_is_not_said_and_one_too_many_is(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(CATALOG["camvid"].counts, "train", 2)
-    open_labelled(f"camvid:{ARCHIVES['camvid'].write(tmp_path)}", split="train")
+    data = f"camvid:{ARCHIVES['camvid'].write(tmp_path)}"
+    open_labelled(data, split="train")
     assert caplog.messages == []
+    monkeypatch.setitem(CATALOG["camvid"].counts, "train", 1)
+    open_labelled(data, split="train")
+    assert caplog.messages == [f"{data}: train has 2 images here, 1 in the whole of CamVid"]
 
 
 def test_values_that_are_no_class_spoil_the_image(tmp_path: Path) -> None:
@@ -673,15 +694,27 @@ def test_a_copy_on_the_hub_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch
     expected_text = r"zhoubolei/scene_parse_150, cannot be loaded \(Couldn't reach it\); .* --data ade20k:FOLDER"
     with pytest.raises(UserError, match=expected_text):
         open_labelled("ade20k", split="val")
-    with pytest.raises(UserError, match=r"'loveda:me/copy' names 'me/copy', neither a folder nor a loadable Hub"):
+    with pytest.raises(
+        UserError, match=r"'loveda:me/copy' is neither an existing path nor a loadable Hub .* \(Couldn't reach it\)"
+    ):
         open_source("loveda:me/copy")
 
 
 def test_a_copy_of_the_user_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     archive = ARCHIVES["loveda"]
     splits = datasets.DatasetDict({"train": table(archive, "train"), "validation": table(archive, "val")})
-    monkeypatch.setattr(datasets, "load_dataset", lambda name: {"me/copy": splits}[name])
+    copies = {("me/copy", None): splits, ("me/copies", "whole"): splits}
+
+    def load(hub_id: str, *, name: str | None = None) -> datasets.DatasetDict:
+        if (hub_id, name) not in copies:
+            raise ValueError("Config name is missing.\nPlease pick one among the available configs: ['whole', 'parts']")
+        return copies[hub_id, name]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
     assert_rows("loveda:me/copy", archive, "val")
+    assert_rows("loveda:me/copies:whole", archive, "val")
+    with pytest.raises(UserError, match="has configurations 'whole', 'parts'; give one as loveda:me/copies:NAME"):
+        open_source("loveda:me/copies")
     assert origin_of("dataset", "loveda:me/copy").name == "LoveDA"
 
 
@@ -836,7 +869,8 @@ def test_fine_tuning_and_evaluation_by_name(tmp_path: Path) -> None:
     assert (scores["num_images"], scores["split"], scores["data"]) == (3, "val", data)
 
     again = tmp_path / "again.json"
-    assert cli.main(["evaluate", "--model", str(run), "--data", data, "--device", "cpu", "--json", str(again)]) == 0
+    as_trained = ["--device", "cpu", "--precision", "fp32"]
+    assert cli.main(["evaluate", "--model", str(run), "--data", data, *as_trained, "--json", str(again)]) == 0
     assert json.loads(again.read_text())["iou"] == scores["iou"]
     card = (run / "model" / "README.md").read_text()
     assert "LoveDA" in card and "cc-by-nc-sa-4.0" in card

@@ -67,6 +67,14 @@ def test_images_meet_their_labels_in_natural_order(folder: Path) -> None:
         assert label.dtype == np.uint8 and np.array_equal(label, indices(seed))
 
 
+@pytest.mark.parametrize("suffix", [".PNG", ".TIF", ".TIFF"])
+def test_labels_may_end_in_capitals(suffix: str, folder: Path) -> None:
+    for label in (folder / "labels").rglob("*.png"):
+        Image.open(label).save(label.with_suffix(suffix))
+        label.unlink()
+    assert np.array_equal(open_labelled(str(folder)).read(2)[1], indices(0))
+
+
 def test_match_and_subset(folder: Path) -> None:
     found = open_labelled(str(folder), match="tile*,!tile9")
     assert list(found.names) == ["more/tile1.png", "tile10.png"]

@@ -6,16 +6,21 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import datasets
-
 from glare.data.catalog import ALL, Entry, HubCopy, Named
 from glare.data.layouts import LabelValues, Layout
 from glare.data.notices import say_once
 from glare.data.pets_study import BUDGETS, PREFIX, is_study, study_split
-from glare.data.shards import choose_split, has_shards
-from glare.data.tables import load_hub_split, load_shards, picture_columns, picture_file, undecoded
+from glare.data.shards import has_shards
+from glare.data.tables import (
+    HUB_ID,
+    load_hub_split,
+    load_shards,
+    open_hub,
+    picture_columns,
+    picture_file,
+    undecoded,
+)
 from glare.errors import UserError, first_line
-from glare.model_names import is_repo_id
 from glare.paths import kind_of, local_path, printable
 
 LABEL_COLUMNS = ("label", "annotation", "mask", "segmentation", "labels", "masks", "trimap")
@@ -93,8 +98,8 @@ def _open(wanted: Named, split: str, *, labelled: bool) -> Part:
         if has_shards(folder):
             return _tables(wanted, folder, split, labelled=labelled)
         raise _misplaced(entry, place, split)
-    if "/" in place and is_repo_id(place) and kind_of(folder) is None:
-        return _any_hub(wanted, place, split, labelled=labelled)
+    if HUB_ID.fullmatch(place) and kind_of(folder) is None:
+        return _chosen(wanted, open_hub(place, split, data=str(wanted)), split, labelled=labelled, folder=None)
     raise UserError(
         f"data {str(wanted)!r} names {place!r}, which is no folder; give the folder of the unpacked archive "
         f"({entry.archive}), or of parquet files"
@@ -151,19 +156,6 @@ def _hub(wanted: Named, copy: HubCopy, split: str, *, labelled: bool) -> Part:
             f"the connection, or get {wanted.entry.archive} and give --data {wanted.entry.name}:FOLDER"
         ) from error
     return _rows(wanted, rows, copy.image, copy.label if labelled else None, folder=None, split=split)
-
-
-def _any_hub(wanted: Named, hub_id: str, split: str, *, labelled: bool) -> Part:
-    """A data set of the Hub that the user says to be a copy."""
-    try:
-        splits = datasets.load_dataset(hub_id)
-    except Exception as error:  # as above
-        raise UserError(
-            f"data {str(wanted)!r} names {hub_id!r}, neither a folder nor a loadable Hub data set "
-            f"({first_line(error)}); check the spelling and the connection"
-        ) from error
-    rows = splits[choose_split(splits, split, data=str(wanted))]
-    return _chosen(wanted, rows, split, labelled=labelled, folder=None)
 
 
 def _tables(wanted: Named, folder: Path, split: str, *, labelled: bool) -> Part:

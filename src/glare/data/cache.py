@@ -19,13 +19,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from glare.crops import PackedImages
+from glare.data.free_memory import free_memory
 from glare.data.sources import BadImage, Images, Source, fit
 from glare.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-MEMINFO = Path("/proc/meminfo")
-CGROUP = Path("/sys/fs/cgroup")
 PIECE_BYTES = 2**26  # more than malloc keeps for itself when it is freed
 
 T = TypeVar("T")
@@ -242,15 +241,3 @@ def check_short_side(short_side: int | None) -> None:
 def memory_budget() -> int:
     """Bytes of pixels that may stay in memory: half of what is free, shared by the processes of this machine."""
     return free_memory() // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def free_memory() -> int:
-    """Bytes free for this process: what the system has available, within the limit of its control group."""
-    if not MEMINFO.exists():
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    fields = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
-    free = int(fields["MemAvailable"].split()[0]) * 1024
-    limit, used = CGROUP / "memory.max", CGROUP / "memory.current"
-    if limit.exists() and used.exists() and (most := limit.read_text().strip()) != "max":
-        free = min(free, int(most) - int(used.read_text()))
-    return max(0, free)

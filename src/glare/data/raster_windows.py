@@ -86,11 +86,12 @@ class Part:
     def label_file(self, images: Path, labels: Path) -> Path:
         """The file of class indices of a picture of the folder ``images``, which need not be there.
 
-        A PNG of the same name, or a TIFF where there is one; of a picture that is cut, first a TIFF.
+        A PNG of the same name, or a TIFF where there is one; of a picture that is cut, first a TIFF. Their endings may
+        be in capitals.
         """
         name = labels / self.file.relative_to(images)
-        png, tiffs = name.with_suffix(".png"), [name.with_suffix(suffix) for suffix in SUFFIXES]
-        files = [*tiffs, png] if self.cut else [png, *tiffs]
+        plain = (*SUFFIXES, ".png") if self.cut else (".png", *SUFFIXES)
+        files = [name.with_suffix(suffix) for suffix in (*plain, *map(str.upper, plain))]
         return next((file for file in files if file.is_file()), files[0])
 
     def read_classes(

@@ -5,7 +5,6 @@ depth of a file, `read` gives RGB with 8 bits, upright; what cannot be read rais
 """
 
 import math
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,11 +27,10 @@ from glare.data.opening import open_picture, reason_of
 from glare.data.raster_windows import AS_NEEDED, Parts, list_parts
 from glare.data.raster_windows import RasterReading as RasterReading
 from glare.data.shards import SHARDS, has_shards
-from glare.data.tables import REMOTE, open_table
+from glare.data.tables import HUB_ID, REMOTE, open_table
 from glare.errors import UserError
 from glare.paths import kind_of, local_path
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?")  # a configuration after the colon
 BEHIND_TRANSPARENT = (124, 116, 104)  # ImageNet's mean colour: no-data areas normalise to about 0
 DEPTH_LIMITS = (255, 4095, 65535)  # white of 8, 12 and 16 bits
 STRIP_PIXELS = 2**20  # of a large picture that are converted at once

@@ -7,6 +7,7 @@ from glob import escape
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import datasets
 from huggingface_hub import HfFileSystem, snapshot_download
@@ -24,6 +25,7 @@ from glare.model_names import is_repo_id
 from glare.paths import kind_of, local_path
 
 REMOTE = ("https://", "http://", "hf://")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?")  # a configuration after the colon
 HUB_FILE = "hf://datasets/"
 CONFIGURATIONS = re.compile(r"Please pick one among the available configs: \[(.*)\]")
 PARQUET = "refs/convert/parquet"
@@ -71,7 +73,7 @@ def open_table(data: str, *, split: str | None = None, streaming: bool = False) 
         folder = path if path.is_dir() else path.parent
         rows, count = load_shards(path, split, data=data, streaming=streaming)
     else:
-        folder, count, rows = None, None, _open_hub(data, split, streaming=streaming)
+        folder, count, rows = None, None, open_hub(data, split, data=data, streaming=streaming)
     column = _image_column(rows.features or {}, data=data)
     return Table(undecoded(rows, [column]), column, folder, count if streaming else len(rows))
 
@@ -90,19 +92,25 @@ def _load(builder: str, files: list[str], *, data: str, streaming: bool) -> Any:
         return datasets.load_dataset(builder, data_files={"train": files}, split="train", streaming=streaming)
     except Exception as error:  # no connection, files of different columns, a broken file, ...
         said = first_line(error.__cause__ or error)
-        raise UserError(f"data {data!r} cannot be read ({said}); repair it or write it again") from error
+        remedy = "check the address and the connection" if data.startswith(REMOTE) else "repair it or write it again"
+        raise UserError(f"data {data!r} cannot be read ({said}); {remedy}") from error
 
 
 def _open_address(data: str, split: str | None, *, streaming: bool) -> Any:
-    extension = extension_of(data)
+    name = urlsplit(data).path.rpartition("/")[2]  # without a query such as ?download=true
+    extension = extension_of(name)
     if extension not in SHARDS:
         raise UserError(f"data {data!r} is no table by its name; give one that ends in .parquet or .tar")
-    choose_split([split_of(data.rpartition("/")[2]) or "train"], split, data=data)
+    choose_split([split_of(name) or "train"], split, data=data)
     return _load(SHARDS[extension], [data], data=data, streaming=streaming)
 
 
-def _open_hub(data: str, split: str | None, *, streaming: bool) -> Any:
-    hub_id, _, configuration = data.partition(":")
+def open_hub(hub: str, split: str | None, *, data: str, streaming: bool = False) -> Any:
+    """The rows of one split of ``owner/name[:configuration]`` on the Hub, which is what the user calls ``data``.
+
+    Raises UserError where it cannot be loaded, or has no such split.
+    """
+    hub_id, _, configuration = hub.partition(":")
     chosen = {"name": configuration} if configuration else {}
     try:
         splits = datasets.load_dataset(hub_id, **chosen, **({"streaming": True} if streaming else {}))
