@@ -16,7 +16,7 @@ from glare.errors import UserError, first_line
 from glare.json_files import read_json
 from glare.model_names import Place, check_one_run
 from glare.run_folder import run_folder_of
-from glare.weight_files import check_shards
+from glare.weight_files import check_index
 
 CODE = ("configuration_glare.py", "modeling_glare.py", "segmentation_heads.py", "uniadapter.py")
 MODEL_FILES = ("config.json", "preprocessor_config.json", *CODE)
@@ -189,7 +189,7 @@ def _check_model(publication: Publication, staged: Path) -> None:
         )
     family = AutoModel if publication.kind == "backbone" else AutoModelForSemanticSegmentation
     try:
-        check_shards(Place(str(staged)))
+        check_index(Place(str(staged)))
         options = {**Place(str(staged)).safe_options, "output_loading_info": True}
         _, found = family.from_pretrained(staged, dtype=torch.float32, **options)
     except MemoryError:
