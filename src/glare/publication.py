@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +45,12 @@ class Publication:
     adapter: Path | None
     run: Path | None
 
-    @property
+    @cached_property
     def config(self) -> dict[str, Any]:
         """Configuration of the model, or of the adapter where there is no model."""
         return read_json((self.model / "config.json") if self.model else self._adapter_config)
 
-    @property
+    @cached_property
     def adapter_config(self) -> dict[str, Any] | None:
         """PEFT configuration of the adapters, None without any."""
         if self.adapter is not None:
