@@ -108,7 +108,7 @@ def test_a_folder_without_images(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert cli.main(["bench", "--data", str(tmp_path), "--device", "cpu"]) == 2
     assert "holds no image files, which the plain way needs; give a folder of them" in capsys.readouterr().err
     assert cli.main(["bench", "--steps", "0"]) == 2
-    assert "steps is 0; give 1 or more" in capsys.readouterr().err
+    assert "steps is 0; give at least 1" in capsys.readouterr().err
 
 
 def test_the_peak_is_what_a_product_reaches() -> None:

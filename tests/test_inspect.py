@@ -252,7 +252,7 @@ def test_wrong_inputs(data: Path, tmp_path: Path) -> None:
         inspect.run({**given, "json": tmp_path / "a.txt"})
     with pytest.raises(UserError, match="neither an existing path"):
         inspect.run({**given, "data": str(tmp_path / "nowhere")})
-    with pytest.raises(UserError, match="num_images is 0; give 1 or more"):
+    with pytest.raises(UserError, match="num_images is 0; give at least 1"):
         inspect.run({**given, "num_images": 0})
     with pytest.raises(UserError, match=r"no multiple of the patch size"):
         inspect.run({**given, "views": {"global_size": 33}})

@@ -11,9 +11,13 @@ import torch
 from torch import nn
 
 from glare import pretrain, ranges
+from glare.bench import BenchRecipe
 from glare.classify import ClassifyRecipe
+from glare.comparison_recipe import CompareRecipe
+from glare.demo import DemoRecipe
 from glare.errors import UserError
 from glare.finetune import FinetuneRecipe
+from glare.inspect import InspectRecipe
 from glare.pretrain import PretrainRecipe
 from glare.ranges import RANGES, inside
 from glare.recipes import from_dict
@@ -26,6 +30,10 @@ NEEDED: dict[type[Any], dict[str, Any]] = {
     PretrainRecipe: {"backbone": "b", "data": "d", "output": Path("o")},
     FinetuneRecipe: {"model": "m", "data": "d", "output": Path("o")},
     ClassifyRecipe: {"model": "m", "data": "d", "output": Path("o")},
+    CompareRecipe: {"base": "b", "adapted": ["a"], "data": "d", "output": Path("o")},
+    InspectRecipe: {"data": "d", "output": Path("o")},
+    BenchRecipe: {},
+    DemoRecipe: {},
 }
 
 

@@ -26,7 +26,7 @@ from glare.model_sizes import check_labels, oversize
 from glare.modeling_glare import GlareModel, vit_blocks
 from glare.uniadapter import UniAdapterConfig
 from glare.views import Normalisation
-from glare.weight_files import check_shards
+from glare.weight_files import check_index
 
 LARGEST_MEAN = 1e6  # of a channel, and of its standard deviation
 ROTARY = ("dinov3_vit",)  # without position embeddings of a size
@@ -78,25 +78,33 @@ def _below_upernet(place: Place) -> GlareModel:
 def read_config(place: Place) -> PreTrainedConfig:
     """The configuration of a model, of no more blocks and classes than a model may have; ValueError for others.
 
-    The weights are to be where it is: what loads a model comes here first, so this raises as `check_shards`, too.
+    The weights are to be where it is: what loads a model comes here first, so this raises as `check_index`, too.
     """
     check_labels(PreTrainedConfig.get_config_dict(place.name, **place.options)[0])
-    check_shards(place)
+    check_index(place)
     config = AutoConfig.from_pretrained(place.name, trust_remote_code=False, **place.options)
     inner = getattr(config, "backbone_config", None)
     for part in (config, inner, getattr(inner, "backbone_config", None)):
-        blocks = part.get("num_hidden_layers", 0) if isinstance(part, dict) else getattr(part, "num_hidden_layers", 0)
-        if not isinstance(blocks, int) or blocks > MAX_BLOCKS:
-            raise ValueError(f"num_hidden_layers is {shortened(str(blocks))}, at most {MAX_BLOCKS} are built")
-        for key in ("patch_size", "num_attention_heads"):
-            divisor = part.get(key) if isinstance(part, dict) else getattr(part, key, None)
-            if isinstance(divisor, int) and divisor < 1:
-                raise ValueError(f"{key} is {divisor}, it has to be at least 1")
-        sides = part.get("image_size") if isinstance(part, dict) else getattr(part, "image_size", None)
-        kind = part.get("model_type") if isinstance(part, dict) else getattr(part, "model_type", None)
-        if isinstance(sides, list | tuple) and len(set(sides)) != 1 and kind not in ROTARY:
-            raise ValueError(f"image_size is {shortened(str(sides))}; position embeddings are resized of squares only")
+        _check_numbers(part)
     return config
+
+
+def _check_numbers(config: Any) -> None:
+    """Raise ValueError where a configuration, an object or a dict, has numbers of which no ViT can be built."""
+
+    def value(key: str, default: object = None) -> Any:
+        return config.get(key, default) if isinstance(config, dict) else getattr(config, key, default)
+
+    blocks = value("num_hidden_layers", 0)
+    if not isinstance(blocks, int) or blocks > MAX_BLOCKS:
+        raise ValueError(f"num_hidden_layers is {shortened(str(blocks))}, at most {MAX_BLOCKS} are built")
+    for key in ("patch_size", "num_attention_heads"):
+        divisor = value(key)
+        if isinstance(divisor, int) and divisor < 1:
+            raise ValueError(f"{key} is {divisor}, it has to be at least 1")
+    sides = value("image_size")
+    if isinstance(sides, list | tuple) and len(set(sides)) != 1 and value("model_type") not in ROTARY:
+        raise ValueError(f"image_size is {shortened(str(sides))}; position embeddings are resized of squares only")
 
 
 def check_size(build: Callable[[], nn.Module]) -> None:

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from glare import recipes
+from glare import ranges, recipes
 from glare.arithmetic import Rows, Shape, Work, arithmetic
 from glare.backbones import load_backbone
 from glare.bench_table import table
@@ -79,8 +79,7 @@ class BenchRecipe:
     glare: GlareSettings = option(GlareSettings(), "objective; where not given the paper's")
 
     def __post_init__(self) -> None:
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps is {self.steps}; give 1 or more")
+        ranges.check(self)
 
 
 @dataclass

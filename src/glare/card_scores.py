@@ -18,6 +18,9 @@ from glare.report_tables import escape
 from glare.weight_files import weights_digest
 
 SEGMENTATION = "image-segmentation"
+RESULTS = ".eval_results/glare.yaml"
+"""Where in a repository the Hub finds the results of evaluations."""
+
 SCORES = {"miou": ("mean_iou", "mIoU"), "aacc": ("accuracy", "pixel accuracy"), "macc": ("mean_accuracy", "mAcc")}
 """Key of eval.json -> metric of the Hub and its name."""
 
@@ -136,4 +139,4 @@ def result_files(evaluation: Evaluation | None) -> dict[str, str]:
         notes=f"mIoU as a fraction. {evaluation.described}",
     )
     text = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False, allow_unicode=True)
-    return {".eval_results/glare.yaml": text}
+    return {RESULTS: text}

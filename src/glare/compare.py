@@ -91,11 +91,12 @@ def run(recipe: CompareRecipe) -> Comparison:
     digests[recipe.base] = frozen_digest(base)
     check_same_weights(recipe.output, digests)
     data = (recipe.data, *recipe.forgetting)
-    matches = [recipe.match if name == recipe.data else None for name in data]
-    pools = [open_pool(name, match=match, raster=recipe.raster) for name, match in zip(data, matches, strict=True)]
+    pools = [
+        open_pool(name, match=recipe.match if name == recipe.data else None, raster=recipe.raster) for name in data
+    ]
     folder = RunFolder(recipe.output, write=True)
     job = Job(recipe, accelerator, base, read_normalisation(recipe.base), folder)
-    subjects = [open_subject(job, *numbered) for numbered in zip(range(len(data)), data, pools, strict=True)]
+    subjects = [open_subject(job, number, *named) for number, named in enumerate(zip(data, pools, strict=True))]
     RunFolder.create(recipe.output, resume=recipe.resume).begin(recipe, free=free_on_resume(recipe.protocol))
     atomic_write_json(folder.path / WEIGHTS, digests)
 

@@ -4,6 +4,7 @@ import shlex
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from glare import ranges
 from glare.comparison_probes import PROBES
 from glare.data.raster_windows import RasterReading
 from glare.recipes import option, required
@@ -45,11 +46,9 @@ class CompareRecipe:
     raster: RasterReading = option(RasterReading(), "GeoTIFFs")
 
     def __post_init__(self) -> None:
-        least = {"controls": 3, "seeds": 1, "folds": 2, "num_images": 2, "short_side": 1}
-        for name, low in least.items():
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise ValueError(f"{name} is {value}; give at least {low}")
+        if self.num_images is not None and self.num_images < 2:
+            raise ValueError(f"num_images is {self.num_images}; give at least 2, one to train and one to test on")
+        ranges.check(self)
         if not self.adapted:
             raise ValueError("no adapted model was given; give --adapted one or more run folders")
 

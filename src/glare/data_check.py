@@ -216,9 +216,8 @@ def _measure(source: Images, index: int, short_side: int | None) -> _Measured:
 
     picture = Images(source.names, open_image).read(index, short_side=short_side)
     width, height, mode = opened[-1]
-    turned = (width - height) * (
-        picture.width - picture.height
-    ) < 0  # Exif orientation, if the format has not undone it
+    # by the Exif orientation, if the format has not undone it
+    turned = (width - height) * (picture.width - picture.height) < 0
     return _Measured((height, width) if turned else (width, height), mode, thumbnail(picture))
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from glare import finetune, pretrain, recipes
+from glare import finetune, pretrain, ranges, recipes
 from glare.data.labelled import open_labelled
 from glare.dense_inference import segment
 from glare.figures import colourise, panel
@@ -64,6 +64,9 @@ class DemoRecipe:
     num_labels: int = option(8, "labelled scenes to fine-tune on")
     num_seeds: int = option(2, "fine-tunings of each ViT")
     seed: int = option(0, "the first seed")
+
+    def __post_init__(self) -> None:
+        ranges.check(self)
 
 
 def main(argv: Sequence[str]) -> None:

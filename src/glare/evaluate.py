@@ -87,7 +87,8 @@ def run(recipe: EvaluateRecipe) -> SegmentationScores:
     shared = trained_on(recipe.model, data, data=recipe.data, split=split, raster=recipe.raster)
     if shared:
         print(f"warning: the model was trained on {shared:,} of these {len(data):,} images: new ones would score lower")
-    sweep, splitter = sweep_for(model, recipe), ScoreSplitter(data.classes) if recipe.split_scores else None
+    sweep = sweep_for(model, recipe)
+    splitter = ScoreSplitter(data.classes) if recipe.split_scores else None
     with accelerator.autocast():
         scores, skipped = evaluate(
             model, data, normalise=normalise, sweep=sweep, strict=recipe.strict, splitter=splitter

@@ -89,12 +89,20 @@ def decoded_bytes(images: Images, short_side: int | None) -> int:
     sizes = []
     for index in range(0, len(images), -(-len(images) // HEADERS)):
         try:
-            with images.open_image(index) as image:
-                width, height = fit(image.size, short_side)
-                sizes.append(3 * width * height)
+            width, height = fit(_size(images, index), short_side)
+            sizes.append(3 * width * height)
         except Exception:
             continue
     return len(images) * sum(sizes) // max(1, len(sizes))
+
+
+def _size(images: Images, index: int) -> tuple[int, int]:
+    """(width, height) of an image, which is not decoded."""
+    box = images.parts[index].box if images.parts else None
+    if box is not None:  # a window, which would be decoded to be opened
+        return box.width, box.height
+    with images.open_image(index) as image:
+        return image.size
 
 
 def has_room(count: int) -> bool:

@@ -30,12 +30,13 @@ def open_data(recipe: Any) -> tuple[LabelledSet, LabelledSet | None]:
         UserError: the parts have different classes or share images, images to train on lie in folders of several
             splits, or nothing of what to evaluate on can be read.
     """
-    train, (data, val_split) = open_train(recipe), val_part(recipe)
+    train, trained = open_train(recipe), train_split(recipe)
     _check_chosen(train, recipe)
-    if recipe.train_split is None and (taken := train_split(recipe)) not in (None, "train"):
-        say_once(f"trains on the split {taken!r} of {recipe.data!r}; --train-split takes another one")
+    if recipe.train_split is None and trained not in (None, "train"):
+        say_once(f"trains on the split {trained!r} of {recipe.data!r}; --train-split takes another one")
+    data, val_split = val_part(recipe)
     asked = (recipe.val_data, recipe.val_split, recipe.val_match) != (None, None, None)
-    if not asked and val_split in (None, train_split(recipe)):
+    if not asked and val_split in (None, trained):
         if recipe.eval_every is not None:
             raise UserError("eval_every needs a validation part: give --val-split, --val-match or --val-data")
         return train, None

@@ -24,7 +24,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
 )
 
 from glare import licences, recipes
-from glare.card_scores import result_files
+from glare.card_scores import RESULTS, result_files
 from glare.errors import UserError
 from glare.lineage import LookUp, offline
 from glare.model_card import Facts, Said, card, facts_of
@@ -35,10 +35,9 @@ from glare.recipes import option, required
 from glare.report_text import size
 from glare.run_folder import atomic_write_text
 
-OURS = (*MODEL_FILES, *ADAPTER_FILES, *WEIGHTS, *(f"adapter/{name}" for name in ADAPTER_FILES), "report/*.png")
+OURS = (*MODEL_FILES, *ADAPTER_FILES, *WEIGHTS, *(f"adapter/{name}" for name in ADAPTER_FILES), "report/*.png", RESULTS)
 """Files of a repository that this command writes, and removes where there is no such file any more."""
 
-RESULTS = ".eval_results/glare.yaml"
 WAITS_S = (2, 8, 30)  # between attempts, unless the Hub names a time
 LONGEST_WAIT_S = 120
 TRANSIENT = {408, 429, 500, 502, 503, 504}
@@ -179,9 +178,7 @@ def upload(api: HfApi, staged: Path, recipe: PushRecipe, **commit: Any) -> Commi
 
 def belongs(name: str) -> bool:
     """Whether this command writes files of this name; a pattern does not reach into sub-folders."""
-    return name == RESULTS or any(
-        fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in OURS
-    )
+    return any(fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in OURS)
 
 
 def with_patience(attempt: Callable[[], T], recipe: PushRecipe, *, sleep: Callable[[float], None] = time.sleep) -> T:

@@ -18,7 +18,7 @@ from glare.data.catalog import named
 from glare.data.geotiff import Raster
 from glare.data.labelled import MAX_CLASSES, distinct_colours
 from glare.data.raster_windows import WHOLE, KeepingPlace, RasterReading
-from glare.data.sources import BadImage, open_source
+from glare.data.sources import BadImage, Images, open_source
 from glare.dense_inference import WINDOW_PX, Sweep, Window, asked, segment, sweep_for, sweep_of
 from glare.errors import UserError
 from glare.figures import annotated
@@ -79,24 +79,24 @@ def predict(recipe: PredictRecipe) -> list[tuple[str, str]]:
     taken: set[str] = set()
     skipped: list[tuple[str, str]] = []
     total = sum(map(len, sources))
+
+    def write(source: Images, index: int) -> None:
+        picture = source.raster(index) or source.read(index)
+        recipe.output.mkdir(parents=True, exist_ok=True)
+        stem = recipe.output / free_stem(source.name(index), taken)
+        if isinstance(picture, Raster):
+            write_raster_prediction(stem, picture, model=model, normalise=normalise, sweep=sweep)
+        else:
+            write_prediction(stem, picture, model=model, normalise=normalise, sweep=sweep)
+
     for source, index in tqdm([(s, i) for s in sources for i in range(len(s))], desc="predict", unit="image"):
         try:
-            if (raster := source.raster(index)) is not None:
-                recipe.output.mkdir(parents=True, exist_ok=True)
-                with accelerator.autocast():
-                    stem = recipe.output / free_stem(source.name(index), taken)
-                    write_raster_prediction(stem, raster, model=model, normalise=normalise, sweep=sweep)
-                continue
-            image = source.read(index)
+            with accelerator.autocast():
+                write(source, index)
         except BadImage as bad:
             if recipe.strict:
                 raise UserError(f"{bad}; repair or remove it, or leave --strict out to skip it") from None
             skipped.append((bad.name, bad.reason))
-            continue
-        recipe.output.mkdir(parents=True, exist_ok=True)
-        with accelerator.autocast():
-            label = segment(model, [image], normalise=normalise, sweep=sweep)[0]
-        write_prediction(recipe.output, free_stem(source.name(index), taken), image, label, model=model)
     if len(skipped) == total:
         raise UserError(f"none of the {total} images can be read; {skipped[0][0]}, for example: {skipped[0][1]}")
     print(f"{total - len(skipped)} images segmented into {recipe.output}, {len(skipped)} skipped")
@@ -130,14 +130,14 @@ def free_stem(name: str, taken: set[str]) -> str:
 
 
 def write_prediction(
-    folder: Path, stem: str, image: Image.Image, label: NDArray[np.uint8], *, model: PreTrainedModel
+    stem: Path, image: Image.Image, *, model: PreTrainedModel, normalise: Normalisation, sweep: Sweep
 ) -> None:
-    """Write the label map, a PNG of class indices that shows their colours, and the annotated overlay."""
-    colours = palette(model)
+    """Segment an image into ``<stem>.png``, class indices that show their colours, and ``<stem>_overlay.png``."""
+    label, colours = segment(model, [image], normalise=normalise, sweep=sweep)[0], palette(model)
     indices = Image.fromarray(label)
     indices.putpalette(colours.tobytes())
     for ending, picture in zip(ENDINGS, (indices, annotated(image, label, class_names(model), colours)), strict=True):
-        atomic_write_png(folder / f"{stem}{ending}", picture)
+        atomic_write_png(stem.with_name(f"{stem.name}{ending}"), picture)
 
 
 def write_raster_prediction(

@@ -49,10 +49,6 @@ class InspectRecipe(PretrainRecipe):
     num_images: int = option(4, "images on the sheet")
     json: Path | None = option(None, "file to write the check of the data to")
 
-    def __post_init__(self) -> None:
-        if self.num_images < 1:
-            raise ValueError(f"num_images is {self.num_images}; give 1 or more")
-
 
 def main(argv: Sequence[str]) -> None:
     """Entry point of ``glare inspect``."""

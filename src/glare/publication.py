@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from glare.errors import UserError, first_line
 from glare.json_files import read_json
 from glare.model_names import Place, check_one_run
 from glare.run_folder import run_folder_of
-from glare.weight_files import check_shards
+from glare.weight_files import check_index
 
 CODE = ("configuration_glare.py", "modeling_glare.py", "segmentation_heads.py", "uniadapter.py")
 MODEL_FILES = ("config.json", "preprocessor_config.json", *CODE)
@@ -44,12 +45,12 @@ class Publication:
     adapter: Path | None
     run: Path | None
 
-    @property
+    @cached_property
     def config(self) -> dict[str, Any]:
         """Configuration of the model, or of the adapter where there is no model."""
         return read_json((self.model / "config.json") if self.model else self._adapter_config)
 
-    @property
+    @cached_property
     def adapter_config(self) -> dict[str, Any] | None:
         """PEFT configuration of the adapters, None without any."""
         if self.adapter is not None:
@@ -189,7 +190,7 @@ def _check_model(publication: Publication, staged: Path) -> None:
         )
     family = AutoModel if publication.kind == "backbone" else AutoModelForSemanticSegmentation
     try:
-        check_shards(Place(str(staged)))
+        check_index(Place(str(staged)))
         options = {**Place(str(staged)).safe_options, "output_loading_info": True}
         _, found = family.from_pretrained(staged, dtype=torch.float32, **options)
     except MemoryError:

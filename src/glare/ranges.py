@@ -44,7 +44,7 @@ RANGES = {
     "temperature_ramp": "[0, 1]",
     "patience": "[1, inf)",
     # fine-tuning
-    "num_images": "[1, inf)",
+    "num_images": "[1, inf)",  # of a comparison, at least 2
     "eval_every": "[1, inf)",
     "crop_size": "[1, inf)",
     "dominant_share": "(0, 1]",
@@ -53,6 +53,14 @@ RANGES = {
     "drop_path": "[0, 1)",
     "base_scale": "[1, 16384]",
     "test_scale": "[1, 16384]",
+    # comparison
+    "controls": "[3, inf)",
+    "folds": "[2, inf)",
+    "short_side": "[1, inf)",
+    # demonstration
+    "finetune_steps": "[1, inf)",
+    "num_labels": "[1, inf)",
+    "num_seeds": "[1, inf)",
     # GeoTIFFs
     "tile": "[0, 13377]",  # no window has more than opening.MAX_PIXELS
     "bands": "[1, inf)",

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from glare.data.geotiff import CACHE_BYTES, GDAL_OPTIONS, Box, Raster, rasterio
 from glare.data.sources import BadImage, to_rgb8
 from glare.data.world_files import read_world_file, world_file_of
+from glare.dense_inference import Window
 from glare.figures import annotated
 from glare.paths import printable
 from glare.run_folder import atomic_write, atomic_write_png
@@ -29,7 +30,6 @@ NO_DATA = 255
 BLOCK_PX = 256
 OVERLAY_PX = 2048  # longer side of the picture for people, at most
 
-Window = tuple[slice, slice]
 Segment = Callable[[Image.Image], NDArray[np.uint8]]
 """RGB image -> class indices (h, w)."""
 
@@ -59,7 +59,7 @@ def predict_raster(
     small = _Reduced(raster)
     strips = _strips(raster, windows, segment, small)
     reference = _georeference_of(raster)
-    atomic_write(files[0], lambda partial: _write_indices(partial, raster, strips, reference, colours, nodata=NO_DATA))
+    atomic_write(files[0], lambda partial: _write_indices(partial, raster, strips, reference, colours))
     atomic_write_png(files[1], annotated(Image.fromarray(small.pixels), small.label, classes, colours))
 
 
@@ -94,9 +94,10 @@ def _strips(
         for (left, right), (start, stop) in zip(columns, kept_columns, strict=True):
             image = _read(raster, Box(left, top, right - left, bottom - top))
             inside = np.s_[first - top : last - top, start - left : stop - left]
-            label, rgb = _classes(image, segment)[inside], np.asarray(to_rgb8(image))[inside]
+            rgb = to_rgb8(image)
+            label = _classes(image, rgb, segment)[inside]
             strip[:, start:stop] = label
-            small.take(Box(start, first, stop - start, last - first), rgb, label)
+            small.take(Box(start, first, stop - start, last - first), np.asarray(rgb)[inside], label)
         yield strip
 
 
@@ -107,14 +108,17 @@ def _read(raster: Raster, box: Box) -> Image.Image:
         raise BadImage(printable(raster.file.name), str(error)) from error
 
 
-def _classes(image: Image.Image, segment: Segment) -> NDArray[np.uint8]:
-    """Class indices (h, w) of a window, 255 where it has no data; one without data is not segmented."""
+def _classes(image: Image.Image, rgb: Image.Image, segment: Segment) -> NDArray[np.uint8]:
+    """Class indices (h, w) of a window ``image``, which is ``rgb`` for a model; 255 where it has no data.
+
+    A window without data is not segmented.
+    """
     if image.mode != "RGBA":
-        return segment(image)
+        return segment(rgb)
     valid = np.asarray(image.getchannel("A")) > 0
     if not valid.any():
         return np.full(valid.shape, NO_DATA, np.uint8)
-    return np.where(valid, segment(to_rgb8(image)), NO_DATA).astype(np.uint8)
+    return np.where(valid, segment(rgb), NO_DATA).astype(np.uint8)
 
 
 def _kept(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -154,34 +158,33 @@ def _write_indices(
     strips: Iterable[NDArray[np.uint8]],
     georeference: dict[str, Any],
     colours: NDArray[np.uint8],
-    *,
-    nodata: int,
 ) -> None:
-    """Write class indices as a compressed GeoTIFF with the sides of ``raster``, in whole rows of blocks.
+    """Write class indices as a compressed GeoTIFF with the sides of ``raster``.
 
     ``strips`` (rows, width) from the top, ``colours`` (k, 3). Raises OSError where it cannot be written.
     """
     gdal = rasterio()
-    sides = {
-        "width": raster.width,
-        "height": raster.height,
-        "blockxsize": BLOCK_PX,
-        "blockysize": BLOCK_PX,
-    }
-    form = {"driver": "GTiff", "count": 1, "dtype": "uint8", "nodata": nodata, "tiled": True, "compress": "deflate"}
+    sides = {"width": raster.width, "height": raster.height, "blockxsize": BLOCK_PX, "blockysize": BLOCK_PX}
+    form = {"driver": "GTiff", "count": 1, "dtype": "uint8", "nodata": NO_DATA, "tiled": True, "compress": "deflate"}
     warnings.filterwarnings("ignore", category=gdal.errors.NotGeoreferencedWarning)
     with (
         gdal.Env(**GDAL_OPTIONS, GDAL_CACHEMAX=CACHE_BYTES),
         gdal.open(file, "w", **form, **sides, **georeference, BIGTIFF="IF_SAFER") as written,
     ):
         written.write_colormap(1, {index: tuple(map(int, colour)) for index, colour in enumerate(colours)})
-        top, waiting = 0, np.empty((0, raster.width), np.uint8)
-        for strip in strips:
-            waiting = np.concatenate([waiting, strip])
-            ready = len(waiting) // BLOCK_PX * BLOCK_PX
-            if top + len(waiting) == raster.height:
-                ready = len(waiting)
-            if ready:
-                window = gdal.windows.Window(0, top, raster.width, ready)
-                written.write(waiting[:ready], 1, window=window)
-                top, waiting = top + ready, waiting[ready:]
+        top = 0
+        for rows in _in_blocks(strips):
+            written.write(rows, 1, window=gdal.windows.Window(0, top, raster.width, len(rows)))
+            top += len(rows)
+
+
+def _in_blocks(strips: Iterable[NDArray[np.uint8]]) -> Iterator[NDArray[np.uint8]]:
+    """The rows of strips as whole rows of blocks, each of which is compressed once; what is left at the end is last."""
+    waiting: list[NDArray[np.uint8]] = []
+    for strip in strips:
+        rows = np.concatenate([*waiting, strip])
+        ready = len(rows) // BLOCK_PX * BLOCK_PX
+        if ready:
+            yield rows[:ready]
+        waiting = [rows[ready:]]
+    yield from (rows for rows in waiting if len(rows))

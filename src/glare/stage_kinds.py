@@ -41,18 +41,22 @@ class Kind:
     paper: Paper | None = None
 
 
-RATE = "{learning_rate}, {warmup_steps} steps of warm-up, cosine to {min_learning_rate}"
+WITHOUT_LABELS = {
+    "Split": "{split}",
+    "Objective": "{learned}",
+    "Trained": "{adapter} (rank {rank}, scale {scale}, place {adapter_place})",
+    "Steps": "{steps} of {batch_size} images",
+    "Learning rate": "{learning_rate}, {warmup_steps} steps of warm-up, cosine to {min_learning_rate}",
+}
+"""Settings of every pre-training; ``learned`` is its objective with the terms of the loss, where it has a choice."""
+
 GLARE = Kind(
     "glare",
     "backbone",
     "Adaptation without labels (GLARE)",
     "adapted without labels to images of",
     {
-        "Split": "{split}",
-        "Objective": "{learned}",
-        "Trained": "{adapter} (rank {rank}, scale {scale}, place {adapter_place})",
-        "Steps": "{steps} of {batch_size} images",
-        "Learning rate": RATE,
+        **WITHOUT_LABELS,
         "Views": "2 of {views.global_size} px and {views.num_local} of {views.local_size} px an image",
         "Weights of": "the {export}",
         "Seed": "{seed}",
@@ -66,11 +70,7 @@ SIMMIM = Kind(
     "Pre-training without labels (SimMIM)",
     "pre-trained without labels, by predicting the pixels of masked patches (SimMIM), on images of",
     {
-        "Split": "{split}",
-        "Objective": "{objective}",
-        "Trained": "{adapter} (rank {rank}, scale {scale}, place {adapter_place})",
-        "Steps": "{steps} of {batch_size} images",
-        "Learning rate": RATE,
+        **WITHOUT_LABELS,
         "Views": "2 of {views.global_size} px an image",
         "Masked": "share of the patches {views.patch_ratio} (least, most), squares of {views.patch_square} a side",
         "Seed": "{seed}",

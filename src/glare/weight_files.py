@@ -10,7 +10,7 @@ from glare.model_names import Place
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-def check_shards(place: Place) -> None:
+def check_index(place: Place) -> None:
     """Raise ValueError where the index of a model names anything but safetensors files beside it."""
     index = place.file(INDEX)
     if index is not None:

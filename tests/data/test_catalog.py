@@ -869,8 +869,8 @@ def test_fine_tuning_and_evaluation_by_name(tmp_path: Path) -> None:
     assert (scores["num_images"], scores["split"], scores["data"]) == (3, "val", data)
 
     again = tmp_path / "again.json"
-    as_trained = ["--device", "cpu", "--precision", "fp32"]
-    assert cli.main(["evaluate", "--model", str(run), "--data", data, *as_trained, "--json", str(again)]) == 0
+    evaluate = ["evaluate", "--model", str(run), "--data", data, "--device", "cpu", "--precision", "fp32"]
+    assert cli.main([*evaluate, "--json", str(again)]) == 0
     assert json.loads(again.read_text())["iou"] == scores["iou"]
     card = (run / "model" / "README.md").read_text()
     assert "LoveDA" in card and "cc-by-nc-sa-4.0" in card

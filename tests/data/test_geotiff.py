@@ -19,12 +19,13 @@ from raster_samples import TRANSFORM, noise, write_raster, write_scene
 
 from glare.data import geotiff, label_files
 from glare.data.cache import pack
-from glare.data.geotiff import CACHE_BYTES, Box, Reader, open_raster
+from glare.data.geotiff import CACHE_BYTES, Box, Raster, Reader, open_raster
 from glare.data.labelled import open_labelled
 from glare.data.opening import open_picture
 from glare.data.raster_windows import RasterReading, file_of
 from glare.data.sources import BEHIND_TRANSPARENT, BadImage, Images, open_source
 from glare.errors import UserError
+from glare.feed import decoded_bytes
 from glare.trained_images import trained_on
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -581,3 +582,11 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     count, taken = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     assert count == "64", taken
     assert int(taken) < 16 + 80
+
+
+def test_the_estimate_of_decoded_windows_decodes_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_raster(tmp_path / "scene.tif", noise(3, 96, 64))
+    images = open_source(str(tmp_path), raster=RasterReading(tile=32))
+    monkeypatch.setattr(Raster, "read", lambda *_: pytest.fail("a window is decoded"))
+    assert len(images) == 6 and decoded_bytes(images, None) == 96 * 64 * 3
+    assert decoded_bytes(images, 16) == 96 * 64 * 3 // 4

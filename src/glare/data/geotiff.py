@@ -9,7 +9,7 @@ its mask or alpha band, or because they are not finite.
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -314,12 +314,9 @@ def read_classes(
 
 def announced(raster: Raster, count: int, left_out: int, *, name: str) -> str:
     """One line on what a raster is and how it is read."""
-    bands = f"{raster.count} band{'s' * (raster.count > 1)} of {raster.dtype}, {_listed(raster.bands)} as RGB"
+    colours = ", ".join(map(str, raster.bands))
+    bands = f"{raster.count} band{'s' * (raster.count > 1)} of {raster.dtype}, {colours} as RGB"
     text = f"{name}: {raster.width} x {raster.height} px, {bands}"
     if count + left_out > 1:
         text += f", read as {count} windows"
     return text + (f", {left_out} more left out as mostly nodata" if left_out else "")
-
-
-def _listed(bands: Sequence[int]) -> str:
-    return ", ".join(map(str, bands))

@@ -8,8 +8,13 @@ from glare.errors import UserError
 
 
 def matching(names: Sequence[str], match: str | None, *, data: str) -> list[int]:
-    """Indices of the names that fit ``match`` (see `glare.data.sources.open_source`); UserError if none does."""
+    """Indices of the names that fit ``match`` (see `glare.data.sources.open_source`), of all of them without one.
+
+    Raises UserError if none does.
+    """
     patterns = [pattern for part in (match or "").split(",") if (pattern := part.strip())]
+    if not patterns:
+        return list(range(len(names)))
     wanted = [pattern for pattern in patterns if not pattern.startswith("!")]
     unwanted = [pattern[1:] for pattern in patterns if pattern.startswith("!")]
 

@@ -5,6 +5,7 @@ The study leaves the given halves aside, draws 1,000 of the 7,349 images to test
 here it is, so that budgets differ in nothing but their size.
 """
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -16,6 +17,7 @@ PREFIX = "study"
 STUDY_TEST = f"{PREFIX}:test"
 TEST_IMAGES = 1000
 BUDGETS = (250, 500, 1000, 2000, 4000, 6000)
+SPLIT = re.compile(rf"{STUDY_TEST}|{PREFIX}:([1-9][0-9]*)(?::([0-9]+))?")
 
 
 def is_study(split: str) -> bool:
@@ -32,21 +34,20 @@ def study_split(names: Sequence[str], split: str) -> list[str]:
     Raises:
         UserError: ``split`` is not of this form, or there are fewer images.
     """
-    _, *parts = split.split(":")
-    part, seed = (*parts, *("", "0")[len(parts) :])[:2]
-    known = (len(parts) == 1 and part == "test") or (len(parts) < 3 and part in map(str, BUDGETS))
-    if not known or not (seed.isdecimal() and seed.isascii()):
+    match = SPLIT.fullmatch(split)
+    if match is None or (match[1] is not None and match[1] not in map(str, BUDGETS)):
         raise UserError(
             f"oxford_pets has no split {split!r}; the study's are study:test and study:N with N of "
             f"{', '.join(map(str, BUDGETS))}, or study:N:SEED"
         )
-    needed = TEST_IMAGES + (0 if part == "test" else int(part))
+    budget, seed = (int(number or 0) for number in match.groups())
+    needed = TEST_IMAGES + budget
     if len(names) < needed:
         raise UserError(f"split {split!r} needs {needed:,} images, the list has {len(names):,}; use the whole archive")
     shuffled = _shuffled(sorted(names), seed=0)
-    if part == "test":
+    if split == STUDY_TEST:
         return sorted(shuffled[:TEST_IMAGES])
-    return sorted(_shuffled(shuffled[TEST_IMAGES:], seed=int(seed))[: int(part)])
+    return sorted(_shuffled(shuffled[TEST_IMAGES:], seed=seed)[:budget])
 
 
 def _shuffled(names: list[str], *, seed: int) -> list[str]:

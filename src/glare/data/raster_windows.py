@@ -8,7 +8,7 @@ import logging
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -147,36 +147,78 @@ def list_parts(folder: Path, names: Sequence[str], reading: RasterReading = AS_N
     A window is called scene.tif@left,top, in px. Windows of a file are of one size, give or take a pixel, and do not
     overlap; those of which the middle is mostly nodata are left out.
     """
-    reader, parts, lines = Reader(), list[str | Part](), list[str]()
-    poor, lost, alpha = 0, 0, list[Path]()
+    listing = _Listing(folder, reading)
     for name in names:
-        shown, file = printable(name), folder / name
-        header = header_of(file)
-        placed = header is not None and isinstance(reading, KeepingPlace) and _is_placed(header, file)
-        if header is None or not _is_raster(header, reading, placed=placed):
-            parts.append(name)
-            alpha += [file] * (header is not None and header.alpha)
-            poor += header is not None and header.plain and header.values
-            lost += placed
-            continue
-        if not is_installed():
-            parts.append(Part(shown, file, reason=f"Pillow cannot read such a TIFF, rasterio can; {EXTRA}"))
-            continue
+        listing.add(name)
+    listing.say()
+    return Parts(folder, listing.entries)
+
+
+@dataclass
+class _Listing:
+    """The pictures of a folder that are found so far, and what there is to say of its TIFFs.
+
+    ``lines``: one for each raster. ``poor``: how many TIFFs have values or nodata that Pillow takes wrongly. ``lost``:
+    of how many the place is wanted and not kept. ``alpha``: those whose fourth band may be declared as alpha.
+    """
+
+    folder: Path
+    reading: RasterReading
+    reader: Reader = field(default_factory=Reader)
+    entries: list[str | Part] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
+    poor: int = 0
+    lost: int = 0
+    alpha: list[Path] = field(default_factory=list)
+
+    def add(self, name: str) -> None:
+        """A file of the folder; most are no TIFFs, and there may be a million of them."""
+        header = header_of(self.folder / name) if name.lower().endswith(SUFFIXES) else None
+        if header is None:
+            self.entries.append(name)
+            return
+        file = self.folder / name
+        placed = isinstance(self.reading, KeepingPlace) and _is_placed(header, file)
+        if not _is_raster(header, self.reading, placed=placed):
+            self.entries.append(name)
+            self.alpha += [file] if header.alpha else []
+            self.poor += header.plain and header.values
+            self.lost += placed
+        elif is_installed():
+            self._add_raster(name, file, header, placed=placed)
+        else:
+            self._add_unreadable(name, f"Pillow cannot read such a TIFF, rasterio can; {EXTRA}")
+
+    def _add_raster(self, name: str, file: Path, header: TiffHeader, *, placed: bool) -> None:
+        reading = self.reading
         try:
-            raster, boxes, kept = _windows(file, reader, reading)
+            raster, boxes, kept = _windows(file, self.reader, reading)
             raster = replace(raster, picture=_measured_on(raster, header, reading))
         except (ValueError, OSError, OverflowError) as error:
-            only_place = placed and not reading.asked and header.whole and not header.values
-            parts.append(name if only_place else Part(shown, file, reason=reason_of(error)))
-            lost += only_place
-            continue
-        alpha += [file] * (raster.count > 3 and reading.bands is None)
-        lines.append(announced(raster, len(kept), len(boxes) - len(kept), name=shown))
+            if (
+                placed and not reading.asked and header.whole and not header.values
+            ):  # Pillow reads it, but for its place
+                self.entries.append(name)
+                self.lost += 1
+            else:
+                self._add_unreadable(name, reason_of(error))
+            return
+        self.alpha += [file] if raster.count > 3 and reading.bands is None else []
+        self.lines.append(announced(raster, len(kept), len(boxes) - len(kept), name=printable(name)))
         for box in kept:
-            part = Part(shown, file, raster, box)
-            parts.append(replace(part, name=f"{shown}@{box.left},{box.top}") if part.cut else part)
-    _say(lines, _more_with_rasterio(poor) + _place_lost(lost) + _no_alpha(alpha[:MOST_LINES], reader))
-    return Parts(folder, parts)
+            part = Part(printable(name), file, raster, box)
+            self.entries.append(replace(part, name=f"{part.name}@{box.left},{box.top}") if part.cut else part)
+
+    def _add_unreadable(self, name: str, reason: str) -> None:
+        self.entries.append(Part(printable(name), self.folder / name, reason=reason))
+
+    def say(self) -> None:
+        """Announce the rasters, the first ones each in a line, and whatever else there is to say."""
+        left = len(self.lines) - MOST_LINES
+        lines = self.lines[:MOST_LINES] + ([f"... and {left} more GeoTIFFs"] if left > 0 else [])
+        others = _more_with_rasterio(self.poor) + _place_lost(self.lost)
+        for line in lines + others + _no_alpha(self.alpha[:MOST_LINES], self.reader):
+            say(line)
 
 
 def _is_placed(header: TiffHeader, file: Path) -> bool:
@@ -258,10 +300,3 @@ def _edges(length: int, count: int) -> list[tuple[int, int]]:
     """Start and length of ``count`` equal parts of an axis."""
     edges = [length * i // count for i in range(count + 1)]
     return [(start, stop - start) for start, stop in pairwise(edges)]
-
-
-def _say(rasters: list[str], others: list[str]) -> None:
-    """Announce rasters, and whatever else there is to say of them."""
-    more = [f"... and {len(rasters) - MOST_LINES} more GeoTIFFs"] if len(rasters) > MOST_LINES else []
-    for line in rasters[:MOST_LINES] + more + others:
-        say(line)
