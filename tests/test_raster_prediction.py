@@ -224,7 +224,7 @@ def test_a_world_file_says_where_a_scene_lies(
 def test_nonsense_beside_a_scene_is_said(text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = write_raster(tmp_path / "scene.tif", noise(4, 20, 20), crs=None, transform=None)
     (tmp_path / "scene.tfw").write_text(text)
-    assert label_map_of(open_raster(file, Reader()).stretched(), tmp_path).is_identity
+    assert label_map_of(open_raster(file, Reader()), tmp_path).is_identity
     assert len(caplog.messages) == 1
     assert caplog.messages[0].startswith("scene.tif has no georeference and scene.tfw is no world file: it")
 
@@ -234,16 +234,16 @@ def test_a_world_file_is_not_asked_where_the_scene_knows_better(
 ) -> None:
     file = write_raster(tmp_path / "scene.tif", noise(4, 20, 20))
     (tmp_path / "scene.tfw").write_text("1\n0\n0\n-1\n5\n6\n")
-    assert label_map_of(open_raster(file, Reader()).stretched(), tmp_path) == TRANSFORM
+    assert label_map_of(open_raster(file, Reader()), tmp_path) == TRANSFORM
     nowhere = write_raster(tmp_path / "nowhere.tif", noise(4, 20, 20), crs=None, transform=None)
-    assert label_map_of(open_raster(nowhere, Reader()).stretched(), tmp_path).is_identity
+    assert label_map_of(open_raster(nowhere, Reader()), tmp_path).is_identity
     assert caplog.messages == ["nowhere.tif has no georeference and no world file beside it; nor has its label map"]
 
 
 def test_a_window_without_data_is_not_segmented(tmp_path: Path) -> None:
     values = noise(3, 64, 64)
     values[:, :, 20:] = 0
-    raster = open_raster(write_raster(tmp_path / "scene.tif", values, nodata=0), Reader()).stretched()
+    raster = open_raster(write_raster(tmp_path / "scene.tif", values, nodata=0), Reader())
     calls = []
 
     def by(image: Image.Image) -> np.ndarray[Any, Any]:

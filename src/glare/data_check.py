@@ -11,6 +11,7 @@ from PIL import Image
 from glare.data.cache import Reading
 from glare.data.catalog import named
 from glare.data.labelled import IGNORE_INDEX, LabelledSet, default_split, open_labelled
+from glare.data.notices import quietly
 from glare.data.raster_windows import AS_NEEDED, RasterReading
 from glare.data.sources import BadImage, Images, split_folder
 from glare.errors import UserError
@@ -182,7 +183,8 @@ def _label_sets(
         if not _has_labels(part):
             continue
         try:
-            found = open_labelled(str(folder), split=name or None, raster=raster)
+            with quietly():
+                found = open_labelled(str(folder), split=name or None, raster=raster)
         except UserError as error:
             tallies[name] = _Tally(unusable=[(str(part / "labels"), str(error))])
             continue
@@ -208,10 +210,11 @@ def _has_labels(folder: Path) -> bool:
 def _measure(source: Images, index: int, short_side: int | None) -> _Measured:
     """An image alone, decoded as training will decode it; BadImage if that is impossible."""
     opened: list[tuple[int, int, str]] = []
+    raster = source.raster(index)
 
     def open_image(index: int) -> Image.Image:
         image = source.open_image(index)
-        opened.append((*image.size, _mode(image)))
+        opened.append((*image.size, raster.form if raster else _mode(image)))
         return image
 
     picture = Images(source.names, open_image).read(index, short_side=short_side)
@@ -228,8 +231,11 @@ def _measure_labelled(source: Images, index: int, labelled: LabelledSet, place: 
     except BadImage as bad:
         measured = _measure(source, index, None)
         return _Measured(measured.size, measured.mode, measured.small, bad_label=bad.reason)
-    with source.open_image(index) as file:
-        mode = _mode(file)
+    if raster := source.raster(index):
+        mode = raster.form
+    else:
+        with source.open_image(index) as file:
+            mode = _mode(file)
     return _Measured(image.size, mode, thumbnail(image), np.bincount(label.ravel(), minlength=256))
 
 

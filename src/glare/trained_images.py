@@ -6,6 +6,7 @@ from pathlib import Path
 from glare import recipes
 from glare.data.catalog import named
 from glare.data.labelled import LabelledSet
+from glare.data.notices import quietly
 from glare.data.raster_windows import AS_NEEDED, RasterReading
 from glare.data.same_files import resolved
 from glare.errors import UserError
@@ -44,7 +45,9 @@ def trained_on(
         part = read_part(run / "recipe.yaml")
         if not _may_share(part, evaluated, data, split):
             return 0
-        return evaluated.shared(open_train(part), windows=part.raster == raster)
+        with quietly():
+            trained = open_train(part)
+        return evaluated.shared(trained, windows=part.raster == raster)
     except UserError:
         return 0
 

@@ -24,6 +24,7 @@ from glare.data.labelled import open_labelled
 from glare.data.opening import open_picture
 from glare.data.raster_windows import RasterReading, file_of
 from glare.data.sources import BEHIND_TRANSPARENT, BadImage, Images, open_source
+from glare.data_check import check_data
 from glare.errors import UserError
 from glare.feed import decoded_bytes
 from glare.trained_images import trained_on
@@ -312,12 +313,33 @@ def test_labels_are_paired_with_windows(tmp_path: Path) -> None:
     ],
 )
 def test_a_scene_was_trained_on_however_it_is_cut(
-    recipe: str, reading: RasterReading, count: int, tmp_path: Path
+    recipe: str, reading: RasterReading, count: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = str(write_scene(tmp_path / "data"))
     (tmp_path / "recipe.yaml").write_text(f"data: {data}\n{recipe}")
     evaluated = open_labelled(data, raster=reading)
+    caplog.clear()
     assert trained_on(str(tmp_path), evaluated, data=data, split=None, raster=reading) == count
+    assert not caplog.messages, "what was trained on is not what is evaluated"
+
+
+def test_a_check_of_scenes_says_what_they_hold_and_announces_them_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = str(write_scene(tmp_path))
+    write_raster(tmp_path / "images" / "scene.tif", noise(4, 96, 96))
+    reading = RasterReading(tile=48)
+    report = check_data(open_source(data, raster=reading), data, short_side=None, raster=reading)
+    assert report.modes == {"4 bands of uint16": 4}
+    assert len([line for line in caplog.messages if "scene.tif" in line]) == 1
+
+
+def test_a_listing_looks_for_no_stretch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_raster(tmp_path / "scene.tif", noise(3, 40, 40))
+    with monkeypatch.context() as patch:
+        patch.setattr(geotiff, "spots", None)
+        source = open_source(str(tmp_path))
+    assert source.read(0).size == (40, 40)
 
 
 def test_a_small_picture_may_have_a_tiff_as_label(tmp_path: Path) -> None:

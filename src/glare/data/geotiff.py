@@ -11,7 +11,8 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
@@ -121,7 +122,6 @@ class Reader:
 class Raster:
     """A GeoTIFF as RGB: sides in px, how many bands of which type it has, and which of them, from 1, are RGB.
 
-    ``black`` and ``white`` (3,) are the values that become 0 and 255, None where values stay as they are.
     ``masked``: the file says of some pixels that they have no data. ``picture`` (height, width): what a model is
     measured on, the whole or its windows.
     """
@@ -134,14 +134,17 @@ class Raster:
     dtype: str
     bands: tuple[int, int, int]
     masked: bool
-    black: NDArray[np.float64] | None = None
-    white: NDArray[np.float64] | None = None
     picture: tuple[int, int] | None = None
 
     @property
     def whole(self) -> Box:
         """All of it."""
         return Box(0, 0, self.width, self.height)
+
+    @property
+    def form(self) -> str:
+        """Number and type of its bands, for people."""
+        return f"{self.count} band{'s' * (self.count > 1)} of {self.dtype}"
 
     def read(self, box: Box) -> Image.Image:
         """A part with 8 bits: RGBA where pixels have no data, else RGB; ValueError if it cannot be read."""
@@ -161,17 +164,18 @@ class Raster:
         may_lack = self.masked or self.dtype.startswith("float")
         return float(self._values(box.middle)[1].mean()) if may_lack else 1.0
 
-    def stretched(self) -> "Raster":
-        """With black and white, from spots that are spread evenly."""
-        if self.dtype == "uint8":
-            return self
+    @cached_property
+    def stretch(self) -> list[tuple[float, float]]:
+        """The values that become 0 and 255 in red, green and blue, from spots that are spread evenly.
+
+        They are looked for at the first picture, as to list a folder it takes none.
+        """
         kept: list[NDArray[Any]] = []
         for spot in spots(self.width, self.height, SPOTS):
             values, valid = self._values(spot)
             kept.append(values[:, valid])
         limits = [_limits(band) for band in np.concatenate(kept, axis=1).astype(np.float64)]
-        black, white = np.array([limits[place] for place in self._places]).T
-        return replace(self, black=black, white=white)
+        return [limits[place] for place in self._places]
 
     @property
     def _own(self) -> list[int]:
@@ -194,9 +198,9 @@ class Raster:
         return values, valid & np.isfinite(values).any(axis=0) if values.dtype.kind == "f" else valid
 
     def _to_8_bit(self, band: int, values: NDArray[Any]) -> NDArray[np.uint8]:
-        if self.black is None or self.white is None:
+        if self.dtype == "uint8":
             return values.astype(np.uint8, copy=False)
-        black, white = float(self.black[band]), float(self.white[band])
+        black, white = self.stretch[band]
         with np.errstate(over="ignore", invalid="ignore"):
             share = (values.astype(np.float64) - black) / (white - black)
         grey: NDArray[np.float64] = np.rint(np.clip(np.nan_to_num(share), 0, 1) * 255)
@@ -204,7 +208,7 @@ class Raster:
 
 
 def open_raster(file: Path, reader: Reader, *, bands: tuple[int, int, int] | None = None) -> Raster:
-    """A GeoTIFF, of which the header, the first and the last pixel are read; it still has to be ``stretched``.
+    """A GeoTIFF, of which the header, the first and the last pixel are read.
 
     ``bands``: which are red, green and blue; 1, 2, 3 by default, or the first as grey where there are fewer than 3.
     Where they are given, a band that is declared as alpha is one like others, and no transparency. Raises
@@ -315,8 +319,7 @@ def read_classes(
 def announced(raster: Raster, count: int, left_out: int, *, name: str) -> str:
     """One line on what a raster is and how it is read."""
     colours = ", ".join(map(str, raster.bands))
-    bands = f"{raster.count} band{'s' * (raster.count > 1)} of {raster.dtype}, {colours} as RGB"
-    text = f"{name}: {raster.width} x {raster.height} px, {bands}"
+    text = f"{name}: {raster.width} x {raster.height} px, {raster.form}, {colours} as RGB"
     if count + left_out > 1:
         text += f", read as {count} windows"
     return text + (f", {left_out} more left out as mostly nodata" if left_out else "")

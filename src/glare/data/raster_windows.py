@@ -195,9 +195,7 @@ class _Listing:
             raster, boxes, kept = _windows(file, self.reader, reading)
             raster = replace(raster, picture=_measured_on(raster, header, reading))
         except (ValueError, OSError, OverflowError) as error:
-            if (
-                placed and not reading.asked and header.whole and not header.values
-            ):  # Pillow reads it, but for its place
+            if placed and not reading.asked and header.whole and not header.values:  # Pillow reads all but its place
                 self.entries.append(name)
                 self.lost += 1
             else:
@@ -238,7 +236,6 @@ def _windows(file: Path, reader: Reader, reading: RasterReading) -> tuple[Raster
     """A raster, its windows, and those that are not mostly nodata; ValueError if it cannot be used."""
     raster = open_raster(file, reader, bands=reading.bands)
     boxes = _grid(raster, reading.tile)
-    raster = raster.stretched()
     kept = [box for box in boxes if raster.share_of_data(box) >= MIN_SHARE] if len(boxes) > 1 else boxes
     if not kept:
         raise ValueError("it is nodata nearly everywhere; remove it")
