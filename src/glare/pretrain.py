@@ -262,7 +262,7 @@ def run(signals: Signals, given: Mapping[str, Any]) -> Path:
     if accelerator.is_main_process:
         best = watch.chosen(folder, done)
         if best is not None:
-            state.restore(best.tensors)
+            state.restore_weights(best.tensors)
         watch.write(folder, exported=done if best is None else best.step, last=done)
         save(model, state, recipe, folder, normalise)
         meter.write(folder, model, seconds=seconds, steps=done, images=num_images)
