@@ -127,13 +127,13 @@ def run(signals: Signals, recipe: ClassifyRecipe) -> Path:
     packed = read(recipe, recipe.data, show=accelerator.is_main_process)
     classes = class_names(packed.names, recipe.data)
     train = labelled(packed, classes, recipe.data)
-    val = None
+    val = held_out = None
     if recipe.val_data is not None:
         held_out = read(recipe, recipe.val_data, show=accelerator.is_main_process)
         check_apart(packed.names, recipe.data, held_out.names, recipe.val_data)
         val = labelled(held_out, classes, recipe.val_data)
     recipe = resolve(recipe, len(packed.names), patch=vit.patch_size, accelerator=accelerator)
-    check_agreement(accelerator, recipe, packed.names)
+    check_agreement(accelerator, recipe, packed.names, None if held_out is None else held_out.names)
     accelerator.print("\n".join([describe(recipe, packed, classes), *skipped_lines(packed.skipped)]))
     size, steps, batch_size, warmup = sizes(recipe)
 
@@ -270,7 +270,7 @@ def accuracy(
     model.eval()
     right = torch.zeros((), device=accelerator.device)
     own = torch.arange(accelerator.process_index, len(data.labels), accelerator.num_processes)
-    for index in own.split(EVALUATED):
+    for index in own.split(EVALUATED) if len(own) else ():  # there may be fewer images than processes
         images = subset(data.images, index)
         pixels = cut(images, torch.arange(len(index)), centre_crops(images), size=(size, size))
         with accelerator.autocast():
