@@ -99,8 +99,27 @@ def test_two_processes_and_accumulated_passes_compute_what_one_process_does(give
     assert_same_run(forked(forks, given("both", gradient_accumulation_steps=4)), one)
 
 
-def test_sharded_blocks_compute_the_same(given: Given, forks: Forks) -> None:
-    assert_same_run(forked(forks, given("sharded", shard=True)), pretrain.run(given("whole")))
+OTHER_WEIGHTS = """
+import os, sys
+from glare import pretrain
+
+def load(name, load_backbone=pretrain.load_backbone):
+    model = load_backbone(name)
+    if os.environ["RANK"] == "1":
+        for parameter in model.parameters():
+            parameter.data += 0.1
+    return model
+
+pretrain.load_backbone = load
+pretrain.main(sys.argv[1:])
+"""
+
+
+def test_sharded_blocks_compute_the_same(given: Given, forks: Forks, tmp_path: Path) -> None:
+    """Also where a process has found other weights than the main one."""
+    script = tmp_path / "other_weights.py"
+    script.write_text(OTHER_WEIGHTS)
+    assert_same_run(forked(forks, given("sharded", shard=True), script), pretrain.run(given("whole")))
 
 
 def test_a_fully_trained_sharded_vit_resumes_and_is_saved_whole(given: Given, forks: Forks) -> None:

@@ -47,7 +47,7 @@ class TrainState:
 
     @torch.no_grad()
     def restore_weights(self, tensors: Mapping[str, Tensor]) -> None:
-        """``restore`` all but the optimizer, which keeps its shards after ``join``: one process may do it alone then."""
+        """``restore`` without the optimizer, which keeps its shards after ``join``; then one process may do it."""
         own = self._weights()
         found = {name for name in tensors if not name.startswith("optimizer.")}
         if own.keys() != found:

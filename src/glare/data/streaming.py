@@ -61,7 +61,7 @@ class Stream:
     strict: bool = False
 
     def batches(self, start: int = 0) -> Generator[PackedImages]:
-        """The shares of step ``start`` and all that follow. Raises UserError, and for ``MOST_BAD`` bad images in a row."""
+        """The shares of step ``start`` and all that follow. Raises UserError, as for ``MOST_BAD`` bad images on end."""
         size = self.batch_size // self.world
         reads = self._files(start) if isinstance(self.source, Images) else islice(self._rows(), start * size, None)
         reported = shares = 0
