@@ -168,6 +168,20 @@ def test_a_run_resumes_bit_for_bit(given: Given) -> None:
     assert whole.keys() == parts.keys() and all(torch.equal(value, parts[name]) for name, value in whole.items())
 
 
+def test_a_run_that_broke_goes_on_with_the_remedy(given: Given, capsys: pytest.CaptureFixture[str]) -> None:
+    keys = {"checkpoint_every": 2, "warmup_steps": 0, "mixup": 0.0}
+    run(given("run", **keys, steps=2))
+    keys["steps"] = 5
+    broken = given("run", **keys, learning_rate=1e30, resume=True)
+    place = broken["output"] / "checkpoints" / "step_000002"
+    with pytest.raises(UserError, match=rf"became nan at step \d; lower learning_rate.*checkpoint is {place}: go on"):
+        run(broken)
+    run(given("run", **keys, learning_rate=1e-4, resume=True))
+    assert "resumed with another recipe: learning_rate was 1e+30 and is 0.0001" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"mixup was 0\.0 and is 0\.4"):
+        run(given("run", **{**keys, "mixup": 0.4}, resume=True))
+
+
 def test_classes_are_the_folders_that_images_lie_in() -> None:
     assert class_names(["seg/sea/1.jpg", "seg/forest/2.jpg", "forest/3.jpg"], "d") == ["forest", "sea"]
     for names in (["1.jpg", "sea/2.jpg"], ["sea/1.jpg", "sea/2.jpg"]):

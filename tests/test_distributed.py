@@ -99,18 +99,42 @@ def test_two_processes_and_accumulated_passes_compute_what_one_process_does(give
     assert_same_run(forked(forks, given("both", gradient_accumulation_steps=4)), one)
 
 
-def test_sharded_blocks_compute_the_same(given: Given, forks: Forks) -> None:
-    assert_same_run(forked(forks, given("sharded", shard=True)), pretrain.run(given("whole")))
+OTHER_WEIGHTS = """
+import os, sys
+from glare import pretrain
+
+def load(name, load_backbone=pretrain.load_backbone):
+    model = load_backbone(name)
+    if os.environ["RANK"] == "1":
+        for parameter in model.parameters():
+            parameter.data += 0.1
+    return model
+
+pretrain.load_backbone = load
+pretrain.main(sys.argv[1:])
+"""
+
+
+def test_sharded_blocks_compute_the_same(given: Given, forks: Forks, tmp_path: Path) -> None:
+    """Also where a process has found other weights than the main one."""
+    script = tmp_path / "other_weights.py"
+    script.write_text(OTHER_WEIGHTS)
+    assert_same_run(forked(forks, given("sharded", shard=True), script), pretrain.run(given("whole")))
 
 
 def test_a_fully_trained_sharded_vit_resumes_and_is_saved_whole(given: Given, forks: Forks) -> None:
-    full = {"adapter": "full", "anchor": 0.0, "checkpoint_every": 2, "warmup_steps": 1}
+    """Also where an earlier checkpoint becomes the model."""
+    full = {"adapter": "full", "anchor": 0.0, "checkpoint_every": 1, "warmup_steps": 1, "select": "health"}
     full |= {"momentum": 0.9, "momentum_end": 0.9}
     for changes in ({"steps": STEPS - 1}, {"steps": STEPS, "resume": True}):
         sharded = forked(forks, given("sharded", shard=True, **full, **changes))
         whole = pretrain.run(given("whole", **full, **changes))
     assert_same_run(sharded, whole)
-    AutoModel.from_pretrained(sharded / "model")
+    exported = [json.loads((run / "health.json").read_text())["exported_step"] for run in (sharded, whole)]
+    assert exported[0] == exported[1] < STEPS
+    ours, theirs = (AutoModel.from_pretrained(run / "model").state_dict() for run in (sharded, whole))
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, atol=1e-3 if name.endswith("k_proj.bias") else 1e-5, rtol=1e-5)
 
 
 def test_terms_that_leave_parameters_out_train_on_two_processes(given: Given, forks: Forks) -> None:
@@ -212,9 +236,16 @@ def test_classification_with_mixup_is_the_same_on_two_processes(tmp_path: Path, 
     def recipe(output: str) -> dict[str, Any]:
         fixed = {"steps": STEPS, "batch_size": 8, "crop_size": 16, "mixup": 1.0, "learning_rate": 1e-3, "log_every": 1}
         fixed |= {"report_to": "none", "device": "cpu", "precision": "fp32"}
-        return {**fixed, "model": str(tmp_path / "vit"), "data": str(tmp_path / "classes"), "output": tmp_path / output}
+        places = {name: str(tmp_path / folder) for name, folder in {"data": "classes", "val_data": "val"}.items()}
+        return {**fixed, **places, "model": str(tmp_path / "vit"), "output": tmp_path / output}
 
+    # of which one process has none
+    (tmp_path / "val" / "field").mkdir(parents=True)
+    Image.new("RGB", (30, 20)).save(tmp_path / "val" / "field" / "0.png")
     script = tmp_path / "classify.py"
     script.write_text(CLASSIFY)
     one = classify.run(recipes.from_dict(ClassifyRecipe, recipe("one")))
-    assert_same_run(forked(forks, recipe("two"), script), one)
+    two = forked(forks, recipe("two"), script)
+    assert_same_run(two, one)
+    accuracies = [json.loads((run / "accuracy.json").read_text())["accuracy"] for run in (one, two)]
+    assert accuracies[0] == accuracies[1] in (0.0, 1.0)

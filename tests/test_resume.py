@@ -167,6 +167,17 @@ def test_no_room_on_the_disk(forks: Forks, inputs: Path, tmp_path: Path, job: st
     assert_same_run(run, straight)
 
 
+def test_no_room_for_the_curves_of_tensorboard(forks: Forks, inputs: Path, tmp_path: Path) -> None:
+    """Its thread finds that out, and would print a traceback."""
+    command = arguments("pretrain", inputs, tmp_path / "run", steps=40, report_to="tensorboard")
+    assert forks.wait(forks.start(command, tmp_path / "log", file_bytes=2000)) == 2
+    *progress, said = (tmp_path / "log").read_text().splitlines()
+    assert said.startswith(
+        "glare pretrain: error: there is no room for the files of the run (File too large); what was"
+    )
+    assert not any("Traceback" in line or "Error" in line for line in progress)
+
+
 def contents(run: Path) -> dict[str, bytes]:
     """Files in a run folder, without what a killed process was writing and the log, which goes on."""
     files = (path for path in run.rglob("*") if path.is_file() and ".partial" not in str(path))

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from glare.errors import UserError
+from glare.pretrain import PretrainRecipe
 from glare.recipes import from_dict, option, required, to_yaml
 from glare.run_folder import RunFolder, atomic_write_json, atomic_write_text
 from glare.yaml_files import read_mapping
@@ -256,6 +257,18 @@ def test_a_folder_is_published_whole_over_an_older_one(tmp_path: Path) -> None:
             (path / "deep" / name).touch()
             assert not (folder.path / "model" / "deep" / name).exists()
     assert everything(folder.path / "model") == {"deep", "deep/new"}
+
+
+def test_other_processes_may_have_the_data_elsewhere(tmp_path: Path) -> None:
+    """Whether the main process has written its recipe by then or not."""
+    recipe = PretrainRecipe(backbone="/node1/vit", data="/node1/photos", output=tmp_path)
+    elsewhere = replace(recipe, backbone="/node2/vit", data="/node2/photos", resume=True)
+    RunFolder.create(tmp_path).begin(recipe)
+    RunFolder.create(tmp_path, write=False).begin(elsewhere)
+    with pytest.raises(UserError, match="seed was 0 and is 1"):
+        RunFolder.create(tmp_path, write=False).begin(replace(elsewhere, seed=1))
+    with pytest.raises(UserError, match="data was /node1/photos and is /node2/photos"):
+        RunFolder.create(tmp_path, resume=True).begin(elsewhere)
 
 
 def test_other_processes_only_read(tmp_path: Path) -> None:

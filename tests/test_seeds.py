@@ -101,12 +101,26 @@ def test_a_stopped_job_goes_on_and_may_get_more_seeds(
         run_seeds(replace(recipe, head="fpn", resume=True))
 
 
+def test_a_job_that_was_killed_before_a_card_still_writes_it(
+    recipe: FinetuneRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(TypeError):
+        patch.setattr(finetune, "write_card", None)
+        run_seeds(recipe)
+    assert (recipe.output / "seed_3" / "eval.json").exists()
+    monkeypatch.setattr(finetune, "train_step", lambda *_, seed, **__: 0.0 if seed == 4 else pytest.fail("a step"))
+    run_seeds(replace(recipe, resume=True))
+    assert all((recipe.output / f"seed_{seed}" / "model" / "README.md").exists() for seed in (3, 4))
+
+
 def begun(run: Path, recipe: FinetuneRecipe, *, done: bool = False) -> None:
     """What a run leaves that was stopped before its first checkpoint, or that is done."""
     run.mkdir(parents=True)
     (run / "recipe.yaml").write_text(to_yaml(recipe))
     if done:
         (run / "eval.json").write_text(json.dumps(evaluation(recipe.seed, 0.5)))
+        (run / "model").mkdir()
+        (run / "model" / "README.md").write_text("a card")
 
 
 def refused(recipe: FinetuneRecipe, said: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,14 +9,15 @@ from accelerate.utils import gather_object
 
 from glare.errors import UserError
 from glare.recipes import to_dict
+from glare.resuming import PLACES
 from glare.typed_values import written
 from glare.yaml_files import flatten
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-OWN = frozenset({"backbone", "data", "model", "num_workers", "output", "val_data"})
-"""Recipe keys that a process may have for itself: places, such as the disk of its node, and threads."""
+OWN = PLACES | {"num_workers", "output"}
+"""Recipe keys that a process may have for itself."""
 
 
 def check_agreement(accelerator: Accelerator, recipe: "DataclassInstance", *named: Sequence[str] | None) -> None:

@@ -22,7 +22,7 @@ from glare.crops import cut, fits, subset
 from glare.data.cache import Packed, pack, skipped_lines
 from glare.data.sources import open_source
 from glare.disk_space import room_for
-from glare.errors import UserError
+from glare.errors import NotFiniteError, UserError
 from glare.figures import write_report
 from glare.health_check import centre_crops
 from glare.model_card import write_card
@@ -52,6 +52,8 @@ from glare.weight_decay import parameter_groups
 
 DROPOUT = 3  # a part of the seed of its generator
 EVALUATED = 64  # images in a pass
+MAY_DIFFER_ON_RESUME = frozenset({"learning_rate", "precision"})
+"""Recipe keys that are a remedy for a run whose loss became infinite, and so may change with its ``--resume``."""
 
 
 @dataclass(frozen=True)
@@ -127,13 +129,13 @@ def run(signals: Signals, recipe: ClassifyRecipe) -> Path:
     packed = read(recipe, recipe.data, show=accelerator.is_main_process)
     classes = class_names(packed.names, recipe.data)
     train = labelled(packed, classes, recipe.data)
-    val = None
+    val = held_out = None
     if recipe.val_data is not None:
         held_out = read(recipe, recipe.val_data, show=accelerator.is_main_process)
         check_apart(packed.names, recipe.data, held_out.names, recipe.val_data)
         val = labelled(held_out, classes, recipe.val_data)
     recipe = resolve(recipe, len(packed.names), patch=vit.patch_size, accelerator=accelerator)
-    check_agreement(accelerator, recipe, packed.names)
+    check_agreement(accelerator, recipe, packed.names, None if held_out is None else held_out.names)
     accelerator.print("\n".join([describe(recipe, packed, classes), *skipped_lines(packed.skipped)]))
     size, steps, batch_size, warmup = sizes(recipe)
 
@@ -146,7 +148,10 @@ def run(signals: Signals, recipe: ClassifyRecipe) -> Path:
 
     # run folder, resume
     folder = RunFolder.create(recipe.output, resume=recipe.resume, write=accelerator.is_main_process)
-    start, (checkpoint, _) = 0, folder.begin(recipe, images=packed.names)
+    start = 0
+    checkpoint, changes = folder.begin(recipe, images=packed.names, may_differ=MAY_DIFFER_ON_RESUME)
+    for change in changes:
+        accelerator.print(f"resumed with another recipe: {change}")
     accelerator.init_trackers("")
     if checkpoint is not None:
         start = checkpoint.step
@@ -245,15 +250,15 @@ def train_step(
     step: int,
     rate: float,
 ) -> float:
-    """One optimizer step; returns the mean loss of the batch. Raises UserError, with nothing changed, unless finite."""
+    """One optimizer step; returns the mean loss of the batch. Raises NotFiniteError, with nothing changed."""
     torch.manual_seed(seeded(seed, step, DROPOUT, accelerator.process_index).initial_seed())
     with accelerator.autocast():
         loss = cross_entropy(wrapped(pixels).float(), targets)
     accelerator.backward(loss)
     value = float(accelerator.reduce(loss.detach(), reduction="mean"))
     if not math.isfinite(value):
-        raise UserError(
-            f"the loss became {value} at step {step + 1}; lower learning_rate, or give --precision fp32, in a new run"
+        raise NotFiniteError(
+            f"the loss became {value} at step {step + 1}; lower learning_rate, or give --precision fp32"
         )
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -270,7 +275,7 @@ def accuracy(
     model.eval()
     right = torch.zeros((), device=accelerator.device)
     own = torch.arange(accelerator.process_index, len(data.labels), accelerator.num_processes)
-    for index in own.split(EVALUATED):
+    for index in own.split(EVALUATED) if len(own) else ():  # there may be fewer images than processes
         images = subset(data.images, index)
         pixels = cut(images, torch.arange(len(index)), centre_crops(images), size=(size, size))
         with accelerator.autocast():

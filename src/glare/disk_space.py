@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,7 +17,17 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 @contextmanager
 def room_for(what: object) -> Iterator[None]:
-    """Raise UserError where the block finds no room on the disk for ``what``, a path or words."""
+    """Raise UserError where the block finds no room on the disk for ``what``, a path or words.
+
+    A thread of the block that finds none prints no traceback: that of TensorBoard hands its error on to the next call.
+    """
+    before = threading.excepthook
+
+    def excepthook(failed: threading.ExceptHookArgs, /) -> None:
+        if not (isinstance(failed.exc_value, OSError) and failed.exc_value.errno in FULL):
+            before(failed)
+
+    threading.excepthook = excepthook
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -27,6 +38,8 @@ def room_for(what: object) -> Iterator[None]:
             f"there is no room for {what} ({os.strerror(number)}); what was there before is unchanged: "
             "make room, then give the command again, a training with --resume"
         ) from error
+    finally:
+        threading.excepthook = before
 
 
 def _number(error: OSError | SafetensorError) -> int | None:

@@ -171,7 +171,6 @@ def run(signals: Signals, given: Mapping[str, Any]) -> Path:
     torch.manual_seed(recipe.seed)
     model = adapt(model, recipe.adapter, rank=recipe.rank, scale=recipe.scale, place=recipe.adapter_place)
     student = make_student(model, recipe).to(accelerator.device)
-    frozen = frozen_digest(student.backbone)
     if isinstance(student.objective, GlareObjective):
         started = region_attention.start(student.objective.cross_attention, recipe.backbone)
         if started:
@@ -180,7 +179,8 @@ def run(signals: Signals, given: Mapping[str, Any]) -> Path:
     if student.objective.head is not None and recipe.glare.head_init == "data" and not resuming:
         # a checkpoint has all that this would change
         fit_head(student, feed.sample, recipe, accelerator, patch_size=model.patch_size, normalise=normalise)
-    same_everywhere(student.objective)
+    same_everywhere(student)
+    frozen = frozen_digest(student.backbone)
     teacher = make_teacher(student) if student.objective.needs_teacher else student
     if recipe.compile:
         student.compile_blocks()
@@ -262,7 +262,7 @@ def run(signals: Signals, given: Mapping[str, Any]) -> Path:
     if accelerator.is_main_process:
         best = watch.chosen(folder, done)
         if best is not None:
-            state.restore(best.tensors)
+            state.restore_weights(best.tensors)
         watch.write(folder, exported=done if best is None else best.step, last=done)
         save(model, state, recipe, folder, normalise)
         meter.write(folder, model, seconds=seconds, steps=done, images=num_images)

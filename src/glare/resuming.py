@@ -36,6 +36,9 @@ CHANGE_NO_RESULT = frozenset(
 MAY_DIFFER_ON_RESUME = CHANGE_NO_RESULT | {"epochs", "gradient_accumulation_steps", "steps"}
 """Recipe keys that may change between a training and its ``--resume``, where no batch norm sees parts of a batch."""
 
+PLACES = frozenset({"backbone", "data", "model", "val_data"})
+"""Recipe keys that a process may have for itself, such as the disk of its node; the main process's are written."""
+
 AS_WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of a number -> integers as long
 
 

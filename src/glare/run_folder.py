@@ -24,6 +24,7 @@ from glare.errors import NotFiniteError, UserError
 from glare.recipes import to_yaml
 from glare.resuming import (
     MAY_DIFFER_ON_RESUME,
+    PLACES,
     check_same_frozen,
     check_same_images,
     check_same_recipe,
@@ -101,7 +102,8 @@ class RunFolder:
             check_same_images(self.path, checkpoint.images, self.images)
             check_steps(self.path, checkpoint.step, getattr(recipe, "steps", None))
         if file.exists():
-            changes = check_same_recipe(file, recipe, may_differ, derived, free)
+            own = frozenset() if self.write else PLACES
+            changes = check_same_recipe(file, recipe, may_differ, derived, free | own)
             comments = "".join(line for line in file.read_text("utf-8").splitlines(True) if line.startswith("#"))
         if checkpoint is not None:
             check_same_frozen(self.path, checkpoint.frozen, frozen)  # of another backbone the recipe tells more

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
@@ -23,14 +24,14 @@ def repeat(recipe: Any, run: Callable[[Any], object]) -> dict[str, Any]:
 
     ``recipe`` has ``seed``, ``seeds``, ``steps``, ``output``, ``resume``, ``device`` and ``precision``; ``run`` does it
     once and leaves the processes together. The runs go into folders ``seed_<seed>`` of the output. With ``resume``,
-    those that have scores are not done again, and one that was stopped goes on. Returns the ``summary``; raises
+    those that are done are not done again, and one that was stopped goes on. Returns the ``summary``; raises
     UserError for runs of different recipes, with nothing changed where those that are there tell.
     """
     RunFolder.check(recipe.output, resume=recipe.resume)
     seeds = range(recipe.seed, recipe.seed + recipe.seeds)
     runs = [replace(recipe, seeds=1, seed=seed, output=recipe.output / f"seed_{seed}") for seed in seeds]
     begun = {one.seed for one in runs if (one.output / "recipe.yaml").exists()}
-    left = [one for one in runs if not (one.output / "eval.json").exists()]
+    left = [one for one in runs if not _is_done(one.output)]
     _check_several(recipe)
     for one in runs:
         if one.seed in begun:
@@ -54,6 +55,11 @@ def repeat(recipe: Any, run: Callable[[Any], object]) -> dict[str, Any]:
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return found
+
+
+def _is_done(run: Path) -> bool:
+    """Whether a run has its scores and what is written after them, the card of its model."""
+    return all((run / name).exists() for name in ("eval.json", "model/README.md"))
 
 
 def _check_several(recipe: Any) -> None:

@@ -42,7 +42,7 @@ def passes(count: int, number: int) -> Iterator[slice]:
 
 @torch.no_grad()
 def same_everywhere(module: nn.Module) -> None:
-    """Give a module the weights and buffers it has on the main process, in case what made them rounds differently."""
+    """Give a module the weights and buffers of the main process, in case of other files, or other roundings, here."""
     for tensor in (*module.parameters(), *module.buffers()):
         broadcast(tensor.detach())
 

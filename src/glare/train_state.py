@@ -36,9 +36,18 @@ class TrainState:
         named |= {f"objective.{name}": buffer for name, buffer in self.student.objective.named_buffers()}
         return named
 
-    @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Undo ``tensors``. Raises UserError when the checkpoint belongs to another model."""
+        """Undo ``tensors``, on every process. Raises UserError when the checkpoint belongs to another model."""
+        self.restore_weights(tensors)
+        prefix = "optimizer."
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        saved = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        saved = {key: like(value, parameters[int(key.split(".")[0])]) for key, value in saved.items()}
+        restore_optimizer(self.optimizer, saved)
+
+    @torch.no_grad()
+    def restore_weights(self, tensors: Mapping[str, Tensor]) -> None:
+        """``restore`` without the optimizer, which keeps its shards after ``join``; then one process may do it."""
         own = self._weights()
         found = {name for name in tensors if not name.startswith("optimizer.")}
         if own.keys() != found:
@@ -48,11 +57,6 @@ class TrainState:
             )
         for name, value in own.items():
             value.copy_(like(tensors[name], value))
-        prefix = "optimizer."
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        saved = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        saved = {key: like(value, parameters[int(key.split(".")[0])]) for key, value in saved.items()}
-        restore_optimizer(self.optimizer, saved)
 
     def join(self) -> None:
         """Make sharded weights whole again for good, on every process."""

@@ -33,6 +33,7 @@ SHUFFLE_BUFFER = 1000  # rows of a table, still encoded
 MIXED_SHARDS = 10  # are read at the same time, unless the buffer holds all rows of the table
 BATCHES_AHEAD = 2  # are read and decoded while the device computes
 REPORTED = 10  # unreadable images that are named
+MOST_BAD = 1000  # unreadable images in a row, after which there may be no good one at all
 
 Pixels = NDArray[np.uint8]
 Read = Callable[[], Pixels]
@@ -45,8 +46,8 @@ class Stream:
 
     short_side: px to which a longer short side is reduced, antialiased; None keeps every size.
     workers: decoding threads.
-    strict: stop at the first bad image. Otherwise a good one of the same share, or the last good one before it,
-        stands in for it.
+    strict: stop at the first bad image. Otherwise a good one of the same share, or the first that follows, stands in
+        for it: which one does not depend on where the stream began.
     """
 
     data: str
@@ -60,24 +61,26 @@ class Stream:
     strict: bool = False
 
     def batches(self, start: int = 0) -> Generator[PackedImages]:
-        """The shares of step ``start`` and all that follow. Raises UserError, also where no image can be read."""
+        """The shares of step ``start`` and all that follow. Raises UserError, as for ``MOST_BAD`` bad images on end."""
         size = self.batch_size // self.world
         reads = self._files(start) if isinstance(self.source, Images) else islice(self._rows(), start * size, None)
-        reported = 0
-        latest: Pixels | None = None
+        reported = shares = 0
         for share in _decoded(reads, size, self.workers):
+            shares += 1  # to be given out
             good = [image for image in share if not isinstance(image, BadImage)]
             for bad in share:
                 if isinstance(bad, BadImage):
                     reported = self._report(bad, reported)
-            good = good or ([] if latest is None else [latest])
-            if not good:
+            if good:
+                for _ in range(1, shares):
+                    yield packed(good[:1] * size)
+                spare = iter(good * size)
+                yield packed([next(spare) if isinstance(image, BadImage) else image for image in share])
+                shares = 0
+            elif shares * size >= MOST_BAD:
                 raise UserError(
-                    f"none of the first {size} images of {self.data!r} can be used; {share[0]}, for example"
+                    f"{shares * size} images of {self.data!r} in a row cannot be used; {share[0]}, for example"
                 )
-            latest = good[-1]
-            spare = iter(good * size)
-            yield packed([next(spare) if isinstance(image, BadImage) else image for image in share])
 
     def _report(self, bad: BadImage, reported: int) -> int:
         if self.strict:
