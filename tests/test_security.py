@@ -19,6 +19,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from hub_server import Hub, Repo
 from labelled_samples import write_labelled
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -319,11 +320,66 @@ def test_what_a_tar_unpacks_to_is_bounded(tmp_path: Path, monkeypatch: pytest.Mo
     if kind == "plain":
         assert open_source(str(tmp_path / "large")).read(0).size == (4, 3), "as large as it looks"
         return
-    monkeypatch.setattr(datasets, "load_dataset", None)
+    monkeypatch.setattr(datasets, "load_dataset_builder", None)
     with pytest.raises(UserError) as caught:
         open_source(str(tmp_path / "large"))
     said = f"up to its member 'a.{kind}' x.tar unpacks to more than" if kind != "zip" else "y.tar is a zip file"
     assert f"cannot be read ({said}" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("way", ["deflated", "gz inside", "bz2"])
+def test_the_sizes_in_a_zip_file_are_added_up(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opening, "MAX_GROWTH", 2**20)
+    small, large = tmp_path / "small.zip", tmp_path / "large.zip"
+    for file, size in ((small, 2**19), (large, 2**21)):
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_BZIP2 if way == "bz2" else zipfile.ZIP_DEFLATED) as archive:
+            name, content = ("a.gz", gzip.compress(bytes(size))) if way == "gz inside" else ("a.png", bytes(size))
+            archive.writestr(name, content)
+    said = "up to its member 'a.* large.zip unpacks to more than"
+    if way == "bz2":
+        said = "its member 'a.png' is not deflated; write large.zip anew"
+    else:
+        opening.check_archive(small)
+    with pytest.raises(ValueError, match=said):
+        opening.check_archive(large)
+
+
+def test_the_size_of_a_file_that_is_compressed_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opening, "MAX_GROWTH", 2**20)
+    for name, size in (("a", 2**19), ("b", 2**21)):
+        (tmp_path / f"{name}.png.gz").write_bytes(gzip.compress(bytes(size)))
+    opening.check_archive(tmp_path / "a.png.gz")
+    with pytest.raises(ValueError, match=r"up to its member 'b.png.gz' b.png.gz unpacks to more than"):
+        opening.check_archive(tmp_path / "b.png.gz")
+
+
+@pytest.mark.parametrize("name", ["address", "owner/name", "loveda:owner/name"])
+def test_what_is_downloaded_is_measured_before_it_is_unpacked(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From an address, and from the Hub, for which `datasets` finds the addresses of the files."""
+    real = datasets.load_dataset_builder
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "DOWNLOADED_DATASETS_PATH", str(tmp_path / "downloads"))
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(opening, "MAX_GROWTH", 2**20)
+    datasets.disable_progress_bars()
+    with Hub() as hub:
+        hub.repos["owner/name"] = Repo()
+        sizes = {"small.tar": 2**19, "large.tar": 2**21}
+        hub.repos["owner/name"].commit("main", {file: bomb("member.gz", size)["x.tar"] for file, size in sizes.items()})
+        for file in sizes:
+            data = address = f"{hub.url}/datasets/owner/name/resolve/main/{file}"
+            found = real("webdataset", data_files={"train": [address]})
+            if name != "address":
+                data = name
+                monkeypatch.setattr(datasets, "load_dataset_builder", lambda _, found=found: found)
+            if file == "small.tar":
+                assert open_source(data).read(0).size == (4, 3)
+                continue
+            with pytest.raises(UserError, match=r"up to its member 'a.member.gz' .* unpacks to more than") as caught:
+                open_source(data)
+            assert "\n" not in str(caught.value)
 
 
 def test_a_table_does_not_lead_to_files_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

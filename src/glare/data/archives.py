@@ -6,8 +6,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import datasets
-
+from glare.data import downloads
 from glare.data.catalog import ALL, Entry, HubCopy, Named
 from glare.data.layouts import LabelValues, Layout
 from glare.data.notices import say_once
@@ -156,7 +155,7 @@ def _hub(wanted: Named, copy: HubCopy, split: str, *, labelled: bool) -> Part:
 def _any_hub(wanted: Named, hub_id: str, split: str, *, labelled: bool) -> Part:
     """A data set of the Hub that the user says to be a copy."""
     try:
-        splits = datasets.load_dataset(hub_id)
+        splits = downloads.load(hub_id)
     except Exception as error:  # as above
         raise UserError(
             f"data {str(wanted)!r} names {hub_id!r}, neither a folder nor a loadable Hub data set "
