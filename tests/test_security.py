@@ -500,6 +500,10 @@ def test_what_is_hidden_and_what_is_not(monkeypatch: pytest.MonkeyPatch) -> None
         ADDRESS,
         "http://key@host/x",
         f"s3://b/x?X-Amz-Signature={'a' * 20}&b=1",
+        "https://account.blob.example/x.parquet?sv=1&sig=pass-w0rd-99",
+        "https://host/x?key=pass-w0rd-99",
+        "hf_oauth_eyJhbGciOiJFZERTQSJ9.eyJ_cmVhZC-pass-w0rd-99",
+        "https://host/x?passwd=pass-w0rd-99",
         f"x={TOKEN}",
     ):
         assert HIDDEN in redacted(secret)
@@ -509,6 +513,7 @@ def test_what_is_hidden_and_what_is_not(monkeypatch: pytest.MonkeyPatch) -> None
         "org/model@main",
         "https://huggingface.co/a/b",
         "a?token",
+        "https://host/x?design=1&monkey=2&size=3",
         "me@host.example",
         "landcover:arid",
     ):
