@@ -32,6 +32,7 @@ from glare.convert import run as convert
 from glare.data import opening
 from glare.data.sources import BadImage, open_source
 from glare.errors import HIDDEN, UserError, redacted
+from glare.foreign_weights import read_checkpoint
 from glare.hub import PushRecipe, prepared
 from glare.inference import load_segmenter
 from glare.lineage import offline
@@ -380,6 +381,21 @@ def test_what_is_downloaded_is_measured_before_it_is_unpacked(
             with pytest.raises(UserError, match=r"up to its member 'a.member.gz' .* unpacks to more than") as caught:
                 open_source(data)
             assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_that_is_compressed_is_not_unpacked(tmp_path: Path) -> None:
+    plain = saved({"model": {"a": torch.zeros(2)}}, modern=True)
+    with zipfile.ZipFile(io.BytesIO(plain)) as whole, zipfile.ZipFile(tmp_path / "a.pth", "w") as archive:
+        for entry in whole.infolist():
+            deflated = entry.filename.endswith("data.pkl")  # what follows its end is unpacked, too
+            content = whole.read(entry) + bytes(10**7 * deflated)
+            archive.writestr(entry.filename, content, zipfile.ZIP_DEFLATED if deflated else zipfile.ZIP_STORED)
+    with pytest.raises(
+        UserError, match=r"a.pth cannot be read \(it is compressed inside, as PyTorch never writes it\)"
+    ):
+        read_checkpoint(tmp_path / "a.pth")
+    (tmp_path / "a.pth").write_bytes(plain)
+    assert read_checkpoint(tmp_path / "a.pth")["model"]["a"].shape == (2,)
 
 
 def test_a_table_does_not_lead_to_files_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
