@@ -220,8 +220,10 @@ class _Handler(BaseHTTPRequestHandler):
             siblings = [{"rfilename": path} for path in found[1]]
             self._answer(200, {"id": repo, "sha": found[0], "siblings": siblings, "tags": [], "private": False})
 
-    def _list(self, _: object, repo: str, revision: str) -> None:
-        if (found := self._tree(repo, revision)) is not None:
+    def _list(self, _: object, repo: str, revision: str, folder: str | None) -> None:
+        if folder is not None:
+            self._answer(404, {"error": "no folders here"}, X_Error_Code="EntryNotFound")
+        elif (found := self._tree(repo, revision)) is not None:
             files = [
                 {"type": "file", "path": path, "size": len(content), "oid": _oid(path, content)}
                 for path, content in found[1].items()
@@ -252,6 +254,7 @@ def _mode(path: str, present: bytes | None) -> dict[str, Any]:
 
 
 REPO = r"(?P<repo>[^/]+/[^/]+)"
+KIND = "(?:models|datasets)"
 REVISION = r"(?P<revision>[^/]+)"
 ROUTES = {
     CREATE: _Handler._create,
@@ -259,8 +262,8 @@ ROUTES = {
     rf"/api/models/{REPO}/preupload/{REVISION}": _Handler._preupload,
     rf"/{REPO}\.git/info/lfs/objects/batch": _Handler._batch,
     rf"/api/models/{REPO}/commit/{REVISION}": _Handler._commit,
-    rf"/api/models/{REPO}": _Handler._info,
-    rf"/api/models/{REPO}/revision/{REVISION}": _Handler._info,
-    rf"/api/models/{REPO}/tree/{REVISION}": _Handler._list,
-    rf"/{REPO}/resolve/{REVISION}/(?P<path>.+)": _Handler._resolve,
+    rf"/api/{KIND}/{REPO}": _Handler._info,
+    rf"/api/{KIND}/{REPO}/revision/{REVISION}": _Handler._info,
+    rf"/api/{KIND}/{REPO}/tree/{REVISION}(?:/(?P<folder>.+))?": _Handler._list,
+    rf"/(?:datasets/)?{REPO}/resolve/{REVISION}/(?P<path>.+)": _Handler._resolve,
 }

@@ -132,6 +132,18 @@ def test_the_list_of_hashes_may_be_cut_anywhere(folder: RunFolder) -> None:
             checkpoints.read(whole)
 
 
+@pytest.mark.parametrize("state", ["3.5", '"x"', "null", "[]", '{"step": 1}'])
+def test_a_state_of_another_form_is_damage_though_its_hash_is_right(folder: RunFolder, state: str) -> None:
+    folder.write_checkpoint(1, {"a": torch.arange(3)}, {})
+    whole = folder.path / "checkpoints/step_000001"
+    before = checkpoints._hash(whole / checkpoints.STATE)
+    (whole / checkpoints.STATE).write_text(state)
+    listed = (whole / checkpoints.HASHES).read_text()
+    (whole / checkpoints.HASHES).write_text(listed.replace(before, checkpoints._hash(whole / checkpoints.STATE)))
+    with pytest.raises(checkpoints.DamagedError, match="cannot be read"):
+        checkpoints.read(whole)
+
+
 def test_checkpoints_without_a_usable_one_are_no_fresh_start(folder: RunFolder) -> None:
     assert folder.latest_checkpoint() is None
     for step in (1, 2):

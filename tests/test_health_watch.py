@@ -20,6 +20,7 @@ from glare.cli import main
 from glare.errors import UserError
 from glare.health_check import HealthCheck
 from glare.objectives.base import Terms
+from glare.pretrain_log import progress_text
 from glare.pretrain_plan import Plan
 from glare.pretrain_step import check_finite, terms_of_batch
 
@@ -73,10 +74,11 @@ def test_every_line_has_the_norms_of_gradients_and_centres(given: Given) -> None
     for line in lines(folder):
         parts = line["grad_norm_backbone"], line["grad_norm_heads"]
         assert line["grad_norm"] == pytest.approx(np.hypot(*parts), rel=1e-5) and min(parts) > 0
-    assert all(lines(folder)[-1][f"centre_norm_{level}"] > 0 for level in ("cls", "region", "patch"))
-    saved = weights(folder)["objective.centre_region"]
+    for level in ("cls", "region", "patch"):
+        saved = weights(folder)[f"objective.centre_{level}"]
+        assert saved.shape == (32,)
+        assert lines(folder)[-1][f"centre_norm_{level}"] == pytest.approx(saved.norm().item(), rel=1e-5) != 0
     health = json.loads((folder / "health.json").read_text())
-    assert saved.shape == (32,)
     assert health["untouched"]["rankme_patches"] == pytest.approx(lines(folder)[0]["rankme_patches"], rel=0.1)
     assert (health["images"], health["exported_step"], health["last_step"]) == (7, 6, 6)
 
@@ -242,3 +244,22 @@ def test_a_loss_that_is_not_finite_elsewhere_stops_every_process() -> None:
     plan = replace(Plan.of(recipe), learning_rate=0.1)
     with pytest.raises(UserError, match=r"the loss became nan at step 8 \(terms: reg\); lower learning"):
         check_finite(terms_of_batch([terms], TwoProcesses()), plan, step=7)  # type: ignore[arg-type]
+
+
+# what is said
+
+
+def test_the_progress_bar_has_the_health_of_the_log() -> None:
+    speed = {"images_per_second": 4.56, "data_wait": 0.06}
+    values = {
+        **{"loss": 7.1, "loss_glob": 3.8, "loss_reg": 3.3, "matched_share": 0.645, "teacher_entropy": 3.69},
+        **{"centre_norm_cls": 0.883, "centre_norm_patch": 2.05, "grad_norm": 15.2, "grad_norm_heads": 15.1, **speed},
+    }
+    check = {"rankme_cls": 1.63, "rankme_patches": 46.1, "feature_std": 0.712, "cosine_to_base": 0.994}
+    assert set(check) == set(CHECKED)
+    step = "gradient 15 entropy 3.69 matched 64% centres 0.88/2 | 4.6 images/s, 6% waiting for data"
+    assert progress_text(values, {}) == f"glob 3.80 reg 3.30 | {step}"
+    health = "RankMe 46 of 80, cosine 0.99, std 0.71, [CLS] 1.6"
+    assert progress_text({**check, **values}, {"rankme_patches": 80.2}) == f"glob 3.80 reg 3.30 | {health} | {step}"
+    plain = progress_text({"loss_pixels": 0.5, "grad_norm": 1.0, **speed}, {})
+    assert plain == "pixels 0.50 | gradient 1 | 4.6 images/s, 6% waiting for data"

@@ -1,5 +1,6 @@
 """How a user's name for a model leads to it, and one clear sentence where it does not."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,11 @@ def test_adapters(tmp_path: Path, images: Tensor) -> None:
     with pytest.raises(UserError, match="does not say for which model it is"):
         load_pretrained(str(tmp_path / "homeless"))
 
+    config = tmp_path / "homeless" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": {"a": 1}}))
+    with pytest.raises(UserError, match="does not say for which model it is"):
+        load_pretrained(str(tmp_path / "homeless"))
+
     weights = tmp_path / "adapter" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"adapter '.*' cannot be loaded \(its weights are damaged") as error:
@@ -135,5 +141,7 @@ def test_adapters(tmp_path: Path, images: Tensor) -> None:
 
 
 def test_errors_of_other_kinds_stay_what_they_are() -> None:
-    with pytest.raises(ZeroDivisionError), explained("model", "it", "do something"):
+    with pytest.raises(MemoryError), explained("model", "it", "do something"):
+        raise MemoryError
+    with pytest.raises(UserError, match="division by zero"), explained("model", "it", "do something"):
         _ = 1 / 0

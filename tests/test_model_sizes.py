@@ -81,6 +81,15 @@ def test_random_weights_that_no_memory_holds(tmp_path: Path, field: str, size: i
     assert "cannot be loaded (its " in said and "GiB in float32, and there are" in said
 
 
+@pytest.mark.parametrize("kind", READERS)
+@pytest.mark.parametrize("field", ["hidden_size", "num_attention_heads", "patch_size"])
+def test_sizes_of_nothing(tmp_path: Path, kind: str, field: str) -> None:
+    file = written(tmp_path, kind)
+    inner = json.loads(file.read_text()).get("backbone_config", {})
+    change(file, **({field: 0} if kind == "vit" else {"backbone_config": {**inner, field: 0}}))
+    assert f"cannot be loaded ({field} is 0, it has to be at least 1)" in refused(lambda: READERS[kind](str(tmp_path)))
+
+
 def test_weights_that_are_not_in_the_file_are_not_allocated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for kind, read in READERS.items():
         written(tmp_path / kind, kind)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from reference.builders import crop_of, noise_image, packed
 from reference.correspondence import Box
@@ -32,7 +32,6 @@ def clear_of_borders(box: Box, image: tuple[int, int], output: tuple[int, int]) 
     return True
 
 
-@settings(max_examples=80)
 @given(st.tuples(SIDES, SIDES), BOXES, OUTPUTS)
 def test_any_crop_is_what_a_loop_gives(size: tuple[int, int], box: Box, output: tuple[int, int]) -> None:
     assume(clear_of_borders(box, size, output))
@@ -47,7 +46,6 @@ def test_any_crop_is_what_a_loop_gives(size: tuple[int, int], box: Box, output: 
         assert np.abs(found - expected).max() <= 2.01 / 255
 
 
-@settings(max_examples=150)
 @given(st.tuples(SIDES, SIDES), BOXES, OUTPUTS)
 def test_any_crop_of_labels_is_what_a_loop_gives(size: tuple[int, int], box: Box, output: tuple[int, int]) -> None:
     pixels = size[0] * size[1]

@@ -19,6 +19,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from hub_server import Hub, Repo
 from labelled_samples import write_labelled
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -31,6 +32,7 @@ from glare.convert import run as convert
 from glare.data import opening
 from glare.data.sources import BadImage, open_source
 from glare.errors import HIDDEN, UserError, redacted
+from glare.foreign_weights import read_checkpoint
 from glare.hub import PushRecipe, prepared
 from glare.inference import load_segmenter
 from glare.lineage import offline
@@ -319,11 +321,81 @@ def test_what_a_tar_unpacks_to_is_bounded(tmp_path: Path, monkeypatch: pytest.Mo
     if kind == "plain":
         assert open_source(str(tmp_path / "large")).read(0).size == (4, 3), "as large as it looks"
         return
-    monkeypatch.setattr(datasets, "load_dataset", None)
+    monkeypatch.setattr(datasets, "load_dataset_builder", None)
     with pytest.raises(UserError) as caught:
         open_source(str(tmp_path / "large"))
     said = f"up to its member 'a.{kind}' x.tar unpacks to more than" if kind != "zip" else "y.tar is a zip file"
     assert f"cannot be read ({said}" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("way", ["deflated", "gz inside", "bz2"])
+def test_the_sizes_in_a_zip_file_are_added_up(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opening, "MAX_GROWTH", 2**20)
+    small, large = tmp_path / "small.zip", tmp_path / "large.zip"
+    for file, size in ((small, 2**19), (large, 2**21)):
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_BZIP2 if way == "bz2" else zipfile.ZIP_DEFLATED) as archive:
+            name, content = ("a.gz", gzip.compress(bytes(size))) if way == "gz inside" else ("a.png", bytes(size))
+            archive.writestr(name, content)
+    said = "up to its member 'a.* large.zip unpacks to more than"
+    if way == "bz2":
+        said = "its member 'a.png' is not deflated; write large.zip anew"
+    else:
+        opening.check_archive(small)
+    with pytest.raises(ValueError, match=said):
+        opening.check_archive(large)
+
+
+def test_the_size_of_a_file_that_is_compressed_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opening, "MAX_GROWTH", 2**20)
+    for name, size in (("a", 2**19), ("b", 2**21)):
+        (tmp_path / f"{name}.png.gz").write_bytes(gzip.compress(bytes(size)))
+    opening.check_archive(tmp_path / "a.png.gz")
+    with pytest.raises(ValueError, match=r"up to its member 'b.png.gz' b.png.gz unpacks to more than"):
+        opening.check_archive(tmp_path / "b.png.gz")
+
+
+@pytest.mark.parametrize("name", ["address", "owner/name", "loveda:owner/name"])
+def test_what_is_downloaded_is_measured_before_it_is_unpacked(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From an address, and from the Hub, for which `datasets` finds the addresses of the files."""
+    real = datasets.load_dataset_builder
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "DOWNLOADED_DATASETS_PATH", str(tmp_path / "downloads"))
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(opening, "MAX_GROWTH", 2**20)
+    datasets.disable_progress_bars()
+    with Hub() as hub:
+        hub.repos["owner/name"] = Repo()
+        sizes = {"small.tar": 2**19, "large.tar": 2**21}
+        hub.repos["owner/name"].commit("main", {file: bomb("member.gz", size)["x.tar"] for file, size in sizes.items()})
+        for file in sizes:
+            data = address = f"{hub.url}/datasets/owner/name/resolve/main/{file}"
+            found = real("webdataset", data_files={"train": [address]})
+            if name != "address":
+                data = name
+                monkeypatch.setattr(datasets, "load_dataset_builder", lambda _, found=found: found)
+            if file == "small.tar":
+                assert open_source(data).read(0).size == (4, 3)
+                continue
+            with pytest.raises(UserError, match=r"up to its member 'a.member.gz' .* unpacks to more than") as caught:
+                open_source(data)
+            assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_that_is_compressed_is_not_unpacked(tmp_path: Path) -> None:
+    plain = saved({"model": {"a": torch.zeros(2)}}, modern=True)
+    with zipfile.ZipFile(io.BytesIO(plain)) as whole, zipfile.ZipFile(tmp_path / "a.pth", "w") as archive:
+        for entry in whole.infolist():
+            deflated = entry.filename.endswith("data.pkl")  # what follows its end is unpacked, too
+            content = whole.read(entry) + bytes(10**7 * deflated)
+            archive.writestr(entry.filename, content, zipfile.ZIP_DEFLATED if deflated else zipfile.ZIP_STORED)
+    with pytest.raises(
+        UserError, match=r"a.pth cannot be read \(it is compressed inside, as PyTorch never writes it\)"
+    ):
+        read_checkpoint(tmp_path / "a.pth")
+    (tmp_path / "a.pth").write_bytes(plain)
+    assert read_checkpoint(tmp_path / "a.pth")["model"]["a"].shape == (2,)
 
 
 def test_a_table_does_not_lead_to_files_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -444,6 +516,10 @@ def test_what_is_hidden_and_what_is_not(monkeypatch: pytest.MonkeyPatch) -> None
         ADDRESS,
         "http://key@host/x",
         f"s3://b/x?X-Amz-Signature={'a' * 20}&b=1",
+        "https://account.blob.example/x.parquet?sv=1&sig=pass-w0rd-99",
+        "https://host/x?key=pass-w0rd-99",
+        "hf_oauth_eyJhbGciOiJFZERTQSJ9.eyJ_cmVhZC-pass-w0rd-99",
+        "https://host/x?passwd=pass-w0rd-99",
         f"x={TOKEN}",
     ):
         assert HIDDEN in redacted(secret)
@@ -453,6 +529,7 @@ def test_what_is_hidden_and_what_is_not(monkeypatch: pytest.MonkeyPatch) -> None
         "org/model@main",
         "https://huggingface.co/a/b",
         "a?token",
+        "https://host/x?design=1&monkey=2&size=3",
         "me@host.example",
         "landcover:arid",
     ):

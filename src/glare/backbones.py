@@ -98,7 +98,7 @@ def _check_numbers(config: Any) -> None:
     blocks = value("num_hidden_layers", 0)
     if not isinstance(blocks, int) or blocks > MAX_BLOCKS:
         raise ValueError(f"num_hidden_layers is {shortened(str(blocks))}, at most {MAX_BLOCKS} are built")
-    for key in ("patch_size", "num_attention_heads"):
+    for key in ("patch_size", "hidden_size", "num_attention_heads"):
         divisor = value(key)
         if isinstance(divisor, int) and divisor < 1:
             raise ValueError(f"{key} is {divisor}, it has to be at least 1")

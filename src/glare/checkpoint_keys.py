@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from glare.errors import UserError
@@ -98,7 +99,7 @@ def sort_keys(content: Mapping[str, Any], layout: Source, *, prefix: str) -> Sor
         region = f"{REGION_ATTENTION.get(module)}.{kind}"
         if rest.startswith((*layout.left_out, *others)):
             keys.left_out.append(key)
-        elif not isinstance(value, Tensor) or not value.is_floating_point():
+        elif not _is_weight(value):
             keys.unknown.append(key)
         elif layout.region_attention and module in REGION_ATTENTION and region not in keys.region:
             keys.region[region] = key
@@ -107,6 +108,13 @@ def sort_keys(content: Mapping[str, Any], layout: Source, *, prefix: str) -> Sor
         else:
             keys.unknown.append(key)
     return keys
+
+
+def _is_weight(value: Any) -> bool:
+    """Whether this is a table of numbers that are all in the file: a view may repeat them to any size."""
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.layout != torch.strided:
+        return False
+    return value.device.type == "cpu" and value.nbytes <= value.untyped_storage().nbytes()
 
 
 def _beyond(key: str, prefix: str) -> str:

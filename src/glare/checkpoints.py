@@ -89,7 +89,7 @@ def read(folder: Path) -> Checkpoint:
         for name in (TENSORS, STATE):
             if f"{_hash(folder / name)}  {name}" not in lines:
                 raise DamagedError(f"{name} does not have the hash in {HASHES}")
-        saved = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        saved = dict(json.loads((folder / STATE).read_text(encoding="utf-8")))
         tensors = load_file(folder / TENSORS)
         said = saved.get("images"), saved.get("frozen")
         return Checkpoint(saved["step"], tensors, saved["state"], saved["metrics_bytes"], *said)

@@ -5,8 +5,8 @@ import re
 
 PASSWORD = re.compile(r"(:/{1,2})[^/\s?#]+@")  # and user, of an address; as a path it has one slash
 SECRET = re.compile(
-    r"\bhf_[A-Za-z0-9]{20,}"  # an access token of the Hub
-    r"|(?<=[?&])(?i:[\w.-]*(?:token|secret|password|signature|api_?key))=[^&\s'\"]+"
+    r"\bhf_(?:[A-Za-z0-9]{20,}|(?:oauth|jwt)_[\w.-]{20,})"  # an access token of the Hub
+    r"|(?<=[?&])(?i:[\w.-]*(?:token|secret|passw(?:or)?d|signature|(?:api|access)_?key)|sig|key|auth)=[^&\s'\"]+"
 )
 TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 SHORTEST_TOKEN = 8  # letters; a shorter value of the variables would be found in ordinary words

@@ -62,7 +62,7 @@ def read_checkpoint(file: Path) -> Any:
         with torch.serialization.safe_globals(HARMLESS), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that a file is old
             # mapped, so that the optimizer's state, most of a full file, is never read
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=_is_zip(file))
     except pickle.UnpicklingError as error:
         raise UserError(_refusal(file, error)) from None
     except MemoryError:
@@ -71,6 +71,16 @@ def read_checkpoint(file: Path) -> Any:
         raise UserError(
             f"{file} cannot be read ({first_line(error)}); is it a whole checkpoint? Download it again"
         ) from None
+
+
+def _is_zip(file: Path) -> bool:
+    """Whether it is in the format since PyTorch 1.6. Raises ValueError for one that would unpack to any size."""
+    if not zipfile.is_zipfile(file):
+        return False
+    with zipfile.ZipFile(file) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise ValueError("it is compressed inside, as PyTorch never writes it")
+    return True
 
 
 def _refusal(file: Path, error: pickle.UnpicklingError) -> str:

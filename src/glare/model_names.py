@@ -109,7 +109,7 @@ def is_repo_id(name: str) -> bool:
 
 FAILURES: tuple[type[Exception], ...] = (
     *(OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError, AssertionError),
-    *(SafetensorError, StrictDataclassError),
+    *(ArithmeticError, SafetensorError, StrictDataclassError),
 )
 """What a configuration may make the code that reads it fail with; a fault of another kind stays what it is."""
 

@@ -10,6 +10,9 @@ from glare.objectives.base import Objective, Terms
 from glare.pretrain_plan import Plan
 from glare.runtime import Clock
 
+STEP_FORMS = {"grad_norm": "gradient {:.2g}", "teacher_entropy": "entropy {:.2f}", "matched_share": "matched {:.0%}"}
+"""Values of a step that stand behind the progress bar, in this order."""
+
 
 def describe(plan: Plan, feed: Feed, derived: Mapping[str, Any]) -> str:
     """What is about to happen, for the user: the data, what was skipped and what was chosen."""
@@ -46,11 +49,18 @@ def measurements(
 
 
 def progress_text(values: Mapping[str, float], untouched: Mapping[str, float]) -> str:
-    """Behind the progress bar; ``values`` with those of the last health check, ``untouched`` of the one before."""
-    terms = " ".join(f"{key.removeprefix('loss_')} {value:.2f}" for key, value in values.items() if "loss_" in key)
-    health = ""
+    """Behind the progress bar; ``values`` with those of the last health check, ``untouched`` of the one before.
+
+    What a terminal of usual width cuts off is the end.
+    """
+    terms = [f"{key.removeprefix('loss_')} {value:.2f}" for key, value in values.items() if "loss_" in key]
+    centres = [f"{value:.2g}" for key, value in values.items() if key.startswith("centre_norm_")]
+    health = []
     if "rankme_patches" in values:
         rank, base = values["rankme_patches"], untouched["rankme_patches"]
-        health = f" | RankMe {rank:.0f} of {base:.0f}, cosine {values['cosine_to_base']:.2f}"
-    speed = f"{values['images_per_second']:.1f} images/s, {values['data_wait']:.0%} waiting for data"
-    return f"{terms}{health} | {speed}"
+        health += [f"RankMe {rank:.0f} of {base:.0f}, cosine {values['cosine_to_base']:.2f},"]
+        health += [f"std {values['feature_std']:.2g}, [CLS] {values['rankme_cls']:.1f}"]
+    step = [form.format(values[key]) for key, form in STEP_FORMS.items() if key in values]
+    step += [f"centres {'/'.join(centres)}"] if centres else []
+    speed = [f"{values['images_per_second']:.1f} images/s, {values['data_wait']:.0%} waiting for data"]
+    return " | ".join(" ".join(part) for part in (terms, health, step, speed) if part)

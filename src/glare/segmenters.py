@@ -46,7 +46,7 @@ def _load_adapter(name: str, place: Place) -> tuple[GlareModel, Normalisation]:
             raise ValueError("it has no adapter_model.safetensors, the only file of weights that is read")
         weights = load_peft_weights(place.name, **place.options)
     base = config.base_model_name_or_path
-    if not base:
+    if not (base and isinstance(base, str)):
         raise UserError(
             f"the adapter {name!r} does not say for which model it is; put base_model_name_or_path into its "
             "adapter_config.json, or give the model folder of the run"

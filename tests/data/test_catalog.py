@@ -689,7 +689,8 @@ def test_a_copy_on_the_hub_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch
     def fail(*_: Any, **__: Any) -> None:
         raise ConnectionError("Couldn't reach it\nmore")
 
-    monkeypatch.setattr(datasets, "load_dataset", fail)
+    for place in ("datasets.load_dataset", "glare.data.downloads.load"):
+        monkeypatch.setattr(place, fail)
     monkeypatch.setattr("glare.data.tables.snapshot_download", fail)
     expected_text = r"zhoubolei/scene_parse_150, cannot be loaded \(Couldn't reach it\); .* --data ade20k:FOLDER"
     with pytest.raises(UserError, match=expected_text):
@@ -705,12 +706,12 @@ def test_a_copy_of_the_user_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     splits = datasets.DatasetDict({"train": table(archive, "train"), "validation": table(archive, "val")})
     copies = {("me/copy", None): splits, ("me/copies", "whole"): splits}
 
-    def load(hub_id: str, *, name: str | None = None) -> datasets.DatasetDict:
+    def load(hub_id: str, *, streaming: bool, name: str | None = None) -> datasets.DatasetDict:
         if (hub_id, name) not in copies:
             raise ValueError("Config name is missing.\nPlease pick one among the available configs: ['whole', 'parts']")
         return copies[hub_id, name]
 
-    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr("glare.data.downloads.load", load)
     assert_rows("loveda:me/copy", archive, "val")
     assert_rows("loveda:me/copies:whole", archive, "val")
     with pytest.raises(UserError, match="has configurations 'whole', 'parts'; give one as loveda:me/copies:NAME"):
@@ -869,7 +870,8 @@ def test_fine_tuning_and_evaluation_by_name(tmp_path: Path) -> None:
     assert (scores["num_images"], scores["split"], scores["data"]) == (3, "val", data)
 
     again = tmp_path / "again.json"
-    evaluate = ["evaluate", "--model", str(run), "--data", data, "--device", "cpu", "--precision", "fp32"]
+    on_cpu = ["--device", "cpu", "--precision", "fp32"]  # as in training; some processors have bf16
+    evaluate = ["evaluate", "--model", str(run), "--data", data, *on_cpu]
     assert cli.main([*evaluate, "--json", str(again)]) == 0
     assert json.loads(again.read_text())["iou"] == scores["iou"]
     card = (run / "model" / "README.md").read_text()

@@ -514,6 +514,15 @@ def test_lying_headers_are_refused(content: bytes, tmp_path: Path) -> None:
     refused(tmp_path / "scene.tif")
 
 
+def test_a_tag_that_cannot_be_read_is_damage(tmp_path: Path) -> None:
+    Image.new("RGBA", (17, 13)).save(tmp_path / "scene.tif")
+    compression, custom = struct.pack("<HHII", 259, 3, 1, 1), struct.pack("<HHII", 3, 0, 0, 127)
+    content = (tmp_path / "scene.tif").read_bytes()
+    assert content.count(compression) == 1
+    (tmp_path / "scene.tif").write_bytes(content.replace(compression, custom))
+    assert open_source(str(tmp_path)).read(0).size == (17, 13), "Pillow does not mind"
+
+
 def test_too_many_windows_are_refused(tmp_path: Path) -> None:
     rasterio = geotiff.rasterio()
     form = {"width": 10**6, "height": 10**6, "count": 4, "dtype": "uint16", "tiled": True, "SPARSE_OK": True}

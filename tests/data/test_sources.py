@@ -14,6 +14,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from glare.data import downloads
 from glare.data.landcover import parse_landcover
 from glare.data.sources import (
     BEHIND_TRANSPARENT,
@@ -304,10 +305,10 @@ def test_no_images_no_folder_no_name(tmp_path: Path) -> None:
 
 
 def test_a_hub_id_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_: str) -> None:
+    def fail(_: str, **__: Any) -> None:
         raise ConnectionError("Couldn't reach 'owner/name' on the Hub\nmore")
 
-    monkeypatch.setattr(datasets, "load_dataset", fail)
+    monkeypatch.setattr(downloads, "load", fail)
     expected = r"'owner/name' is neither an existing path nor a loadable Hub data set \(Couldn't reach .* on the Hub\)"
     with pytest.raises(UserError, match=expected):
         open_source("owner/name")
@@ -394,7 +395,7 @@ def test_a_column_called_like_labels_is_not_the_images(
 
 def test_hub_takes_train_or_else_the_only_split(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     splits = {"test": table(1)}
-    monkeypatch.setattr(datasets, "load_dataset", lambda _: datasets.DatasetDict(splits))
+    monkeypatch.setattr(downloads, "load", lambda *_, **__: datasets.DatasetDict(splits))
     assert_pictures(open_source("owner/name"), 1)
     splits["validation"] = table(2, 3)
     assert_pictures(open_source("owner/name", split="val"), 2, 3)
@@ -415,8 +416,8 @@ def test_hub_configurations_and_splits(tmp_path: Path, monkeypatch: pytest.Monke
         f"  - split: {split}\n    path: winter-{split}.parquet" for split in ("train", "test")
     )
     (tmp_path / "files/README.md").write_text("\n".join(["---", "configs:", *lines, "---\n"]))
-    load, places = datasets.load_dataset, {"owner/name": str(tmp_path / "files")}
-    monkeypatch.setattr(datasets, "load_dataset", lambda hub_id, **chosen: load(places[hub_id], **chosen))
+    load, places = downloads.load, {"owner/name": str(tmp_path / "files")}
+    monkeypatch.setattr(downloads, "load", lambda hub_id, **chosen: load(places[hub_id], **chosen))
     assert_pictures(open_source("owner/name:summer"), 1)
     assert_pictures(open_source("owner/name:winter"), 2)
     assert_pictures(open_source("owner/name:winter", split="test"), 3)

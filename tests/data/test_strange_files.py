@@ -1,4 +1,4 @@
-"""Folders as they are found: odd names, loops of links, pipes and devices, bombs, and 100,000 files at once."""
+"""Folders as they are found: odd names, loops of links, pipes and devices, bombs, and many files at once."""
 
 import io
 import os

@@ -98,7 +98,7 @@ class Reader:
                     self._open(file, gdal)
                 with gdal.Env(GDAL_CACHEMAX=self._cache):
                     yield self._dataset
-            except gdal.errors.RasterioError as error:
+            except (gdal.errors.RasterioError, gdal._err.CPLE_BaseError) as error:  # the second where a tag is read
                 reason = first_line(error.__cause__ or error).rstrip(".")
                 raise ValueError(f"it is damaged or cut off ({reason}); copy or export it again") from error
 

@@ -1,9 +1,11 @@
-"""Opening what nobody vouches for: pictures of known formats and a bounded size alone, tar files that unpack to one."""
+"""Opening what nobody vouches for: pictures of known formats and a bounded size alone, archives that unpack to one."""
 
 import tarfile
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterable, Iterator
 from io import BytesIO
 from pathlib import Path
+from typing import IO
 
 from datasets.filesystems import EXTENSION_TO_COMPRESSION_FS_FILE_CLS as UNPACKERS
 from PIL import Image, ImageFile, UnidentifiedImageError
@@ -38,37 +40,62 @@ def open_picture(file: Path | BytesIO) -> ImageFile.ImageFile:
     return image
 
 
-def check_archive(file: Path) -> None:
-    """Raise ValueError where a tar file unpacks to over ``MAX_GROWTH`` bytes more than it has itself, and for zip.
-
-    `datasets` takes both for tar files. It unpacks a compressed member, or one with holes, whole into memory, whatever
-    its size, and a tar file that is compressed as a whole onto the disk. What is neither is left to it. Raises
-    TarError, OSError, or what the unpackers let out, for a damaged file.
-    """
+def is_zip(file: Path) -> bool:
+    """Whether `datasets` takes a file for a zip file: by how it begins, or how it is called."""
     with file.open("rb") as opened:
-        start = opened.read(len(ZIP[0]))
-    if start in ZIP or file.suffix.lower() == ".zip":
-        raise ValueError(f"{file.name} is a zip file, whatever its name; unpack it")
-    if not tarfile.is_tarfile(file):
-        return
+        return opened.read(len(ZIP[0])) in ZIP or file.suffix.lower() == ".zip"
+
+
+def check_archive(file: Path) -> None:
+    """Raise ValueError where a tar, zip or compressed file unpacks to over ``MAX_GROWTH`` bytes more than it has.
+
+    `datasets` unpacks a member that is compressed, or has holes, whole into memory, whatever its size, and what is
+    compressed as a whole onto the disk. Raises TarError, BadZipFile, OSError, or what the unpackers let out, for a
+    damaged file.
+    """
+    with file.open("rb") as opened:  # a compressed file of zeros is an empty tar file, too
+        _check_growth(file, [(file.name, 0, opened)])
+    _check_growth(file, _members(file))
+
+
+def _check_growth(file: Path, parts: Iterable[tuple[str, int, IO[bytes]]]) -> None:
+    """Raise ValueError where ``parts`` of a file, each with name, size and content, unpack to too much together."""
     left = file.stat().st_size + MAX_GROWTH
-    with tarfile.open(file) as tar:
-        for member in filter(tarfile.TarInfo.isreg, tar):
-            for size in _sizes(tar, member):
-                left -= size
-                if left < 0:
-                    raise ValueError(
-                        f"up to its member {shortened(member.name)!r} {file.name} unpacks to more than "
-                        f"{MAX_GROWTH / 2**30:g} GiB beyond its own size; leave that out, or unpack it yourself"
-                    )
+    for part in parts:
+        for size in _sizes(*part):
+            left -= size
+            if left < 0:
+                raise ValueError(
+                    f"up to its member {shortened(part[0])!r} {file.name} unpacks to more than "
+                    f"{MAX_GROWTH / 2**30:g} GiB beyond its own size; leave that out, or unpack it yourself"
+                )
 
 
-def _sizes(tar: tarfile.TarFile, member: tarfile.TarInfo) -> Iterator[int]:
+def _members(file: Path) -> Iterator[tuple[str, int, IO[bytes]]]:
+    """Name, size and content of each file in a tar or zip file; none of any other file."""
+    if is_zip(file):
+        with zipfile.ZipFile(file) as archive:
+            for entry in archive.infolist():
+                if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                    # others are unpacked beyond the size that the entry says
+                    name = shortened(entry.filename)
+                    raise ValueError(f"its member {name!r} is not deflated; write {file.name} anew")
+                with archive.open(entry) as content:
+                    yield entry.filename, entry.file_size, content
+    elif tarfile.is_tarfile(file):
+        with tarfile.open(file) as tar:
+            for member in filter(tarfile.TarInfo.isreg, tar):
+                part = tar.extractfile(member)
+                assert part is not None, "of a regular file"
+                yield member.name, member.size, part
+
+
+def _sizes(name: str, size: int, content: IO[bytes]) -> Iterator[int]:
     """Bytes of a member, and those of each piece that it unpacks to by the ending of its name."""
-    yield member.size
-    unpacker = UNPACKERS.get("." + member.name.rpartition(".")[2].lower())
+    yield size
+    unpacker = UNPACKERS.get("." + name.rpartition(".")[2].lower())
     if unpacker is not None:
-        with unpacker(tar.extractfile(member), mode="rb") as unpacked:
+        with unpacker(content, mode="rb") as unpacked:
             while piece := unpacked.read(PIECE):
                 yield len(piece)
 

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 
 from glare.data.listing import extension_of, listed, natural
 from glare.data.notices import say_once
-from glare.data.opening import check_archive
+from glare.data.opening import check_archive, is_zip
 from glare.errors import UserError, first_line
 from glare.paths import printable
 
@@ -94,6 +94,8 @@ def check_shards(files: Iterable[Path]) -> int | None:
         try:
             if extension_of(file.name) == "parquet":
                 rows = None if rows is None else rows + pq.read_metadata(file).num_rows
+            elif is_zip(file):
+                raise ValueError(f"{file.name} is a zip file, whatever its name; unpack it")
             else:
                 check_archive(file)
                 rows = None

@@ -13,6 +13,7 @@ import datasets
 from huggingface_hub import HfFileSystem, snapshot_download
 from PIL import Image
 
+from glare.data import downloads
 from glare.data.catalog import named
 from glare.data.label_names import LABELS
 from glare.data.listing import extension_of, image_names
@@ -89,7 +90,7 @@ def load_shards(place: Path, split: str | None, *, data: str, streaming: bool = 
 def _load(builder: str, files: list[str], *, data: str, streaming: bool) -> Any:
     """The rows of files (patterns) of one kind. Raises UserError where they cannot be read."""
     try:
-        return datasets.load_dataset(builder, data_files={"train": files}, split="train", streaming=streaming)
+        return downloads.load(builder, data_files={"train": files}, streaming=streaming)["train"]
     except Exception as error:  # no connection, files of different columns, a broken file, ...
         said = first_line(error.__cause__ or error)
         remedy = "check the address and the connection" if data.startswith(REMOTE) else "repair it or write it again"
@@ -113,7 +114,7 @@ def open_hub(hub: str, split: str | None, *, data: str, streaming: bool = False)
     hub_id, _, configuration = hub.partition(":")
     chosen = {"name": configuration} if configuration else {}
     try:
-        splits = datasets.load_dataset(hub_id, **chosen, **({"streaming": True} if streaming else {}))
+        splits = downloads.load(hub_id, streaming=streaming, **chosen)
     except Exception as error:  # no connection, no such data set, several configurations, a broken file, ...
         if choice := CONFIGURATIONS.search(str(error)):
             raise UserError(f"data set {data!r} has configurations {choice[1]}; give one as {data}:NAME") from error
