@@ -706,7 +706,7 @@ def test_a_copy_of_the_user_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     splits = datasets.DatasetDict({"train": table(archive, "train"), "validation": table(archive, "val")})
     copies = {("me/copy", None): splits, ("me/copies", "whole"): splits}
 
-    def load(hub_id: str, *, streaming: bool, name: str | None = None) -> datasets.DatasetDict:
+    def load(hub_id: str, *, name: str | None = None, **_: bool) -> datasets.DatasetDict:
         if (hub_id, name) not in copies:
             raise ValueError("Config name is missing.\nPlease pick one among the available configs: ['whole', 'parts']")
         return copies[hub_id, name]
