@@ -40,3 +40,23 @@ def test_one_budget_is_a_dot_and_no_score_an_error() -> None:
     assert 20 < len(rows) < 120
     with pytest.raises(UserError, match="there are no scores to draw; give at least one budget and seed"):
         budget_curves({"none": {}}, label="mIoU, %")
+
+
+def test_the_studys_seven_starts_have_seven_colours_and_their_names_cover_nothing() -> None:
+    starts = ["none", *(f"{size}{step}" for size in ("45k", "100k", "200k") for step in ("", ", then classes"))]
+    scores = {start: {250: [10.0 * number], 1000: [50.0]} for number, start in enumerate(starts)}
+    few, many = (budget_curves({name: scores[name] for name in names}, label="mIoU, %") for names in (["none"], starts))
+    assert all(len(drawn(many, colour, below=100)[0]) for colour in LINES[:7]) and len(set(LINES)) == len(LINES) > 6
+
+    def label(picture: Image.Image) -> np.ndarray:
+        """The name of the axis as far as the first swatch, without the white above and below."""
+        dark = np.asarray(picture.convert("L"))[:100, :56] < 60  # not the numbers beside it
+        return dark[dark.any(axis=1)]
+
+    np.testing.assert_array_equal(label(many), label(few))
+
+
+def test_more_starts_than_colours_have_darker_ones() -> None:
+    names = [str(number) for number in range(len(LINES) + 1)]
+    picture = budget_curves({name: {250: [float(name)], 500: [50.0]} for name in names}, label="x")
+    assert len(drawn(picture, tuple(value // 2 for value in LINES[0]), below=100)[0])

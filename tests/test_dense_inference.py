@@ -159,7 +159,9 @@ def test_mirror_images_change_nothing_where_the_model_is_equivariant(pointwise: 
     pixels = pixels_of(picture(width, 13))
     plain = logits(pointwise, pixels, normalise=NORMALISE)
     found = logits(pointwise, pixels, normalise=NORMALISE, sweep=Sweep(flip=True))
-    assert torch.equal(found, plain.softmax(dim=1).log()) and torch.equal(found.argmax(dim=1), plain.argmax(dim=1))
+    # a mirrored pixel may be computed in another lane of the processor, which rounds otherwise
+    torch.testing.assert_close(found, plain.softmax(dim=1).log(), rtol=1e-6, atol=1e-6)
+    assert torch.equal(found.argmax(dim=1), plain.argmax(dim=1))
     assert pointwise.passes[-1][0] == 2  # both in one pass
 
 

@@ -297,3 +297,15 @@ def test_right_colours_lack_neither_outlines_nor_names(data: Path) -> None:
     splitter = ScoreSplitter(labelled.classes)
     confusion(NearestColour(), labelled, range(5), normalise=NORMALISE, splitter=splitter)  # type: ignore[arg-type]
     assert splitter.result() == SplitScores(localization=1, classification=1)
+
+
+def test_what_is_seen_where_labels_are_ignored_is_in_no_score() -> None:
+    """What lies under the zero of LoveDA may look like any class."""
+    halves = np.array([[0, 1], [1, 2]], dtype=np.uint8)
+    shown = [np.tile(half.repeat(4), (4, 1)) for half in halves]
+    truth = [seen.copy() for seen in shown]
+    truth[0][:, 4:] = 255  # so there is water in the second image alone
+    splitter = ScoreSplitter(CLASSES)
+    pairs = [(COLOURS[seen], right) for seen, right in zip(shown, truth, strict=True)]
+    confusion(NearestColour(), set_of(pairs), range(2), normalise=NORMALISE, splitter=splitter)  # type: ignore[arg-type]
+    assert splitter.result() == SplitScores(localization=1, classification=1)

@@ -493,6 +493,7 @@ def test_mistakes_are_named_before_anything_is_written(
     [
         ("steps=0", "steps is 0; give at least 1"),
         ("scale=2,1", "scale is 2.0,1.0; give the lower one first"),
+        ("crop_size=10000000", "crop_size is 10000000; give 1 to 16384"),
         ("window=4", None),
         ("stride=2000", "stride is 2000; give 1 to 1024"),
         ("base_scale=0,5", "base_scale is (0, 5); give two sides of 1 to 16384 px, such as 2048,512"),

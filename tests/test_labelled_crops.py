@@ -200,3 +200,21 @@ def test_each_distortion_is_bounded_as_published(monkeypatch: pytest.MonkeyPatch
         assert 900 < len(values) < 1100
         assert low <= values.min() < low + 0.01 * width and high - 0.01 * width < values.max() <= high
     assert len(seen["adjust_brightness"]) == 2  # before saturation and hue, or after
+
+
+def test_ten_crops_are_looked_at_and_an_eleventh_is_taken_unseen() -> None:
+    crops = random_crops(torch.tensor([[60, 40], [30, 30]]), size=16, scale=(1.0, 1.0), draws=draws(2))
+    assert crops.offset.shape == crops.scale.shape == (2, 11, 2)
+
+
+def test_contrast_comes_once_first_or_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    for other in ("_add", "shift_hue"):
+        monkeypatch.setattr(labelled_crops, other, lambda images, _: images)
+    # in place of these, a product and a sum, whose order tells in the result
+    monkeypatch.setattr(labelled_crops, "adjust_brightness", lambda images, _: images * 0.5)
+    monkeypatch.setattr(labelled_crops, "scale_saturation", lambda images, _: images + 0.125)
+    found = photometric_distortion(torch.full((800, 3, 1, 1), 0.5), draws=draws(800))[:, 0, 0, 0]
+    values, counts = found.unique(return_counts=True)
+    # contrast alone; last of both; first of both; neither; saturation alone
+    assert values.tolist() == [0.25, 0.3125, 0.375, 0.5, 0.625]
+    assert counts.tolist() == pytest.approx([200, 100, 100, 200, 200], abs=50)

@@ -13,6 +13,7 @@ from tiny_models import tiny_config
 
 SCRIPT = Path(__file__).parents[1] / "training" / "pets_study.py"
 SMALL = ["steps=2", "batch_size=2", "report_to=none", "device=cpu", "precision=fp32", "log_every=1"]
+NO_SPLITS = ("--train-split=", "--test-split=")
 
 
 def study(tmp_path: Path, *given: str, also: tuple[str, ...] = ()) -> None:
@@ -64,8 +65,35 @@ def test_it_runs_what_is_not_done_and_writes_table_and_picture(data: Path, capsy
 
 def test_a_job_that_fails_ends_it_with_its_code(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        study(data, "--budgets", "6", "--seeds", "0")
-    assert stopped.value.code == 2 and "num_images is 6, but there are only 5" in capsys.readouterr().err
+        study(data, "--budgets", "2", "--seeds", "0", also=("finetune.crop_size=17",))
+    assert stopped.value.code == 2 and "crop_size 17 is no multiple" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("--budgets", "2", "6"), "num_images is 6, but there are only 5 images"),
+        (("--budgets", "2", "--train-split", "{part}"), "no split '{part}'"),
+        (("--budgets", "2", "--test-split", "train"), "images to evaluate on are among those to train on"),
+        (("--budgets", "2", "--data", "landcover:arid:2:1", *NO_SPLITS), "no images to test on; give --test-data or"),
+        (("--budgets", "2", "2"), "two runs would share the folder {runs}/finetune/none_2_0;"),
+        (("--budgets", "2", "--pretrain", "none={scenes}"), "the folder {runs}/finetune/none_2_0;"),
+        (("--budgets", "2", "--pretrain", "a={scenes}", "a={others}"), "the folder {runs}/simmim_a;"),
+        (("--budgets", "2", "--pretrain", "../a={scenes}"), "'../a={scenes}' is neither NAME=DATA"),
+        (("--budgets", "2", "--pretrain", "={scenes}"), "'={scenes}' is neither NAME=DATA"),
+        (("--budgets", "2", "--epochs", "0"), "--epochs is 0; give at least 1"),
+        (("--budgets",), "--budgets: expected at least one argument"),
+        (("--budgets", "2", "--seeds"), "--seeds: expected at least one argument"),
+    ],
+)
+def test_what_cannot_be_a_study_is_said_before_anything_is_trained(
+    data: Path, given: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = {"scenes": data / "scenes", "others": data / "others", "runs": data / "runs", "part": "{part}"}
+    with pytest.raises(SystemExit) as stopped:
+        study(data, "--pretrain", f"a={data / 'scenes'}", "--seeds", "0", *(item.format(**places) for item in given))
+    assert stopped.value.code == 2 and said.format(**places) in capsys.readouterr().err.splitlines()[-1]
+    assert not (data / "runs").exists()
 
 
 def test_one_table_holds_runs_of_the_same_settings(data: Path, capsys: pytest.CaptureFixture[str]) -> None:

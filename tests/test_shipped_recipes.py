@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from accelerate import Accelerator
 
 from glare.backbones import load_backbone
@@ -12,6 +13,7 @@ from glare.dense_inference import asked
 from glare.finetune import FinetuneRecipe
 from glare.finetune_plan import make_plan
 from glare.finetune_step import learning_rates
+from glare.labelled_crops import scaled_sizes
 from glare.pretrain import PretrainRecipe, resolve
 from glare.pretrain_plan import Plan
 from glare.recipes import parse, read_yaml
@@ -90,3 +92,10 @@ def test_the_study_of_pets_masks_half_of_64_patches_of_a_vit_of_2_5_million_weig
     assert recipe.views.global_size // 16 == 8 and recipe.views.patch_ratio == (0.5, 0.5)
     vit = load_backbone(str(RECIPES / "pets" / "vit.json"))
     assert sum(parameter.numel() for parameter in vit.parameters()) == pytest.approx(2.5e6, rel=0.02)
+
+
+@pytest.mark.parametrize("size", [(500, 375), (500, 333), (333, 500), (300, 300), (600, 160)])
+def test_the_study_s_photographs_fill_its_crops(size: tuple[int, int]) -> None:
+    recipe = parse(FinetuneRecipe, ["--recipe", str(RECIPES / "pets" / "finetune.yaml"), *FINETUNE], prog="test")
+    scaled = scaled_sizes(torch.tensor([size]), recipe.base_scale)
+    assert scaled.min().item() == pytest.approx(recipe.crop_size) and recipe.scale[0] == 1

@@ -95,7 +95,11 @@ def test_average_precision_of_known_lists() -> None:
 def test_a_class_is_as_present_as_its_surest_pixel() -> None:
     logits = torch.zeros(1, 2, 2, 2)
     logits[0, 1, 0, 1] = math.log(3)
-    torch.testing.assert_close(presence_scores(logits), torch.tensor([[0.5, 0.75]]))
+    counted = torch.ones(1, 2, 2, dtype=torch.bool)
+    torch.testing.assert_close(presence_scores(logits, counted), torch.tensor([[0.5, 0.75]]))
+    counted[0, 0, 1] = False
+    torch.testing.assert_close(presence_scores(logits, counted), torch.tensor([[0.5, 0.5]]))
+    assert not presence_scores(logits, torch.zeros_like(counted)).any()
 
 
 def test_the_splitter_adds_up_images() -> None:

@@ -155,5 +155,7 @@ def test_what_it_cannot_do_is_said_before_anything_is_written(recipe: FinetuneRe
     assert not elsewhere.output.exists()
     with pytest.raises(UserError, match="head 'upernet' needs at least 2 classes; give fpn or linear"):
         fresh(pyramid=False, classes=1)
+    with pytest.raises(ValueError, match="pyramid is on, but head 'pixel' has none; give --head fpn or upernet"):
+        replace(recipe, head="pixel", pyramid=True)
     with pytest.raises(ValueError, match="pyramid is on, but head 'linear' has none"):
         replace(recipe, head="linear")

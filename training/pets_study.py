@@ -17,8 +17,10 @@ larger one. Settings of a job are changed by --set JOB.KEY=VALUE, JOB being simm
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -28,6 +30,7 @@ from glare.budget_figure import budget_curves
 from glare.classify import ClassifyRecipe
 from glare.errors import UserError
 from glare.finetune import FinetuneRecipe
+from glare.finetune_data import open_data
 from glare.pretrain import PretrainRecipe
 from glare.resuming import CHANGE_NO_RESULT, differences
 from glare.run_folder import atomic_write_json, atomic_write_png, atomic_write_text
@@ -82,9 +85,14 @@ class Job:
                 "another --output, as one table holds runs of the same settings"
             )
 
+    @property
+    def over(self) -> bool:
+        """Whether it is done."""
+        return (self.run / self.done).exists()
+
     def perform(self) -> None:
         """Run it unless it is done; ends the study with the job's exit code where it fails."""
-        if (self.run / self.done).exists():
+        if self.over:
             return
         print(f"== {self.run}", flush=True)
         begun = (self.run / "recipe.yaml").exists()
@@ -101,12 +109,12 @@ def main() -> None:
     args = arguments()
     try:
         earlier = list(starting(args))
-        models = {"none": args.vit} | {start: str(job.run) for start, job in earlier}
-        wanted = [(start, budget, seed) for start in models for budget in args.budgets for seed in args.seeds]
-        last = [finetuning(args, start, models[start], budget, seed) for start, budget, seed in wanted]
+        models = [("none", args.vit), *((start, str(job.run)) for start, job in earlier)]
+        wanted = list(product(models, args.budgets, args.seeds))
+        last = [finetuning(args, start, model, budget, seed) for (start, model), budget, seed in wanted]
         jobs = [*(job for _, job in earlier), *last]
-        for job in jobs:
-            job.check()  # of all, before anything is trained
+        check(jobs)  # before anything is trained
+        check_data(last[: len(args.budgets) * len(args.seeds)])
     except UserError as error:
         print(f"pets_study: {error}", file=sys.stderr)
         sys.exit(2)
@@ -114,7 +122,7 @@ def main() -> None:
         job.perform()
     rows = [
         {"start": start, "budget": budget, "seed": seed, **scores_in(job.run)}
-        for (start, budget, seed), job in zip(wanted, last, strict=True)
+        for ((start, _), budget, seed), job in zip(wanted, last, strict=True)
     ]
     accuracy = {
         file.parent.name: json.loads(file.read_text())["accuracy"] for file in args.output.glob("*/accuracy.json")
@@ -123,6 +131,25 @@ def main() -> None:
     curves = {start: scores_of(rows, start) for start in dict.fromkeys(row["start"] for row in rows)}
     atomic_write_png(args.output / "study.png", budget_curves(curves, label="mIoU, %"))
     print(table(curves))
+
+
+def check(jobs: Sequence[Job]) -> None:
+    """UserError where two runs would share a folder, or one was begun with another recipe."""
+    folder, count = Counter(job.run for job in jobs).most_common(1)[0]
+    if count > 1:
+        raise UserError(
+            f"two runs would share the folder {folder}; give each seed, each budget and each name of --pretrain once, "
+            "and no name 'none', which is the start from random weights"
+        )
+    for job in jobs:
+        job.check()
+
+
+def check_data(finetunings: Sequence[Job]) -> None:
+    """UserError where those that are not done cannot have their images, or have none to test on."""
+    for job in finetunings:
+        if not job.over and open_data(job.recipe)[1] is None:
+            raise UserError("there are no images to test on; give --test-data or --test-split")
 
 
 def arguments() -> argparse.Namespace:
@@ -135,15 +162,17 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--pretrain", nargs="*", default=[], metavar="NAME=DATA", help="unlabelled images, by name")
     parser.add_argument("--classify-data", help="folder with a folder of images for each class")
     parser.add_argument("--classify-val", help="such a folder to measure the accuracy on")
-    parser.add_argument("--budgets", nargs="*", type=int, default=BUDGETS, metavar="N")
-    parser.add_argument("--seeds", nargs="*", type=int, default=(0, 1, 2), metavar="N")
+    parser.add_argument("--budgets", nargs="+", type=int, default=BUDGETS, metavar="N")
+    parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2), metavar="N")
     parser.add_argument("--epochs", type=int, default=100, help="of fine-tuning, for every budget")
     parser.add_argument("--vit", default=str(RECIPES / "vit.json"), help="configuration of the ViT")
     parser.add_argument("--set", nargs="*", default=[], metavar="JOB.KEY=VALUE")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     wrong = [item for item in args.set if item.split(".")[0] not in JOBS or "=" not in item]
-    wrong += [item for item in args.pretrain if "=" not in item]
+    wrong += [item for item in args.pretrain if item.find("=") < 1 or "/" in item.partition("=")[0]]
+    if args.epochs < 1:
+        parser.error(f"--epochs is {args.epochs}; give at least 1")
     if wrong:
         parser.error(f"{wrong[0]!r} is neither NAME=DATA of --pretrain nor JOB.KEY=VALUE of --set ({', '.join(JOBS)})")
     return args
@@ -166,7 +195,7 @@ def finetuning(args: argparse.Namespace, start: str, model: str, budget: int, se
     """One fine-tuning, which measures on the test images."""
     split = args.train_split
     given = ["--model", model, "--data", args.data, "--seed", str(seed)]
-    given += ["--train-split", split.format(budget=budget)] if split else []
+    given += ["--train-split", split.replace("{budget}", str(budget))] if split else []
     given += [] if split and "{budget}" in split else ["--num-images", str(budget)]
     given += ["--val-data", args.test_data] if args.test_data else []
     given += ["--val-split", args.test_split] if args.test_split else []

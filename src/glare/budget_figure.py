@@ -19,6 +19,7 @@ from glare.figures import (
     SOFT,
     SUPERSAMPLING,
     TEXT,
+    Colour,
     Frame,
     legend,
     ticks,
@@ -40,18 +41,26 @@ def budget_curves(curves: Mapping[str, Scores], *, label: str, size: tuple[int, 
         raise UserError("there are no scores to draw; give at least one budget and seed")
     budgets, values = sorted({budget for budget, _ in points}), [score for _, score in points]
     marks = ticks(min(values), max(values))
-    frame = (MARGIN + 40, MARGIN + 54, size[0] - MARGIN - 20, size[1] - MARGIN - 40)
+    left, right = MARGIN + 40, size[0] - MARGIN - 20
+    colours = {name: _colour(number) for number, name in enumerate(curves)}
+    names = legend(colours, width=right - left)
+    frame = (left, MARGIN + names.height + 17, right, size[1] - MARGIN - 40)
     place = _Place(frame, (log2(budgets[0]), log2(budgets[-1])), (marks[0], marks[-1]))
     canvas = Image.new("RGB", size, PAPER)
     _axes(ImageDraw.Draw(canvas), place, budgets, marks, label=label)
     layer = Image.new("RGBA", (size[0] * SUPERSAMPLING, size[1] * SUPERSAMPLING), (*PAPER, 0))
-    colours = {name: LINES[number % len(LINES)] for number, name in enumerate(curves)}
     for name, scores in curves.items():
         _line(ImageDraw.Draw(layer), place, scores, colours[name])
     layer = layer.resize(size, Image.Resampling.LANCZOS)
     canvas.paste(layer, (0, 0), layer)
-    canvas.paste(legend(colours, width=frame[2] - frame[0]), (frame[0] - GAP, MARGIN - GAP))
+    canvas.paste(names, (left - GAP, MARGIN - GAP))
     return canvas
+
+
+def _colour(number: int) -> Colour:
+    """Of a line: the darker half of each colour once all are taken."""
+    red, green, blue = (value // (1 + number // len(LINES)) for value in LINES[number % len(LINES)])
+    return red, green, blue
 
 
 class _Place:

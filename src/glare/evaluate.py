@@ -167,8 +167,9 @@ def confusion(
         ]
         total += torch.stack(matrices).sum(dim=0)
         if splitter is not None:
-            for matrix, present in zip(matrices, presence_scores(scores).cpu(), strict=True):
-                splitter.add(matrix, present)
+            present = presence_scores(scores, (labels != data.ignore_index).to(scores.device)).cpu()
+            for matrix, presence in zip(matrices, present, strict=True):
+                splitter.add(matrix, presence)
         bar.update(len(group))
     bar.close()
     return total, skipped

@@ -34,6 +34,8 @@ LINES: tuple[Colour, ...] = (
     (150, 62, 150),
     (176, 138, 10),
     (70, 160, 190),
+    (228, 128, 160),
+    (98, 100, 108),
 )
 HEALTH = {
     "rankme_patches": "RankMe of patches",

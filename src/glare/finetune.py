@@ -1,10 +1,11 @@
 """``glare finetune``: train a segmentation head, and what is below it, on labelled images.
 
 Where this departs from the mmsegmentation configuration of the UDI line (ViT with semantic FPN): class and register
-tokens stay in the sequence, since adapters were trained in their presence; biases have no weight decay; the loss is the
-mean over the labelled pixels of the batch, not over all; the warm-up is one step ahead. Where the recipe leaves it
-open, more differs: head and backbone have learning rates of their own, equal only in long runs; the warm-up is a tenth
-of the steps where that is less than 1500; images keep their native size, which the scale is relative to; no drop path.
+tokens stay in the sequence, since adapters were trained in their presence; biases and batch norms have no weight decay;
+the loss is the mean over the labelled pixels of the batch, not over all; the warm-up is one step ahead. Where the
+recipe leaves it open, more differs: head and backbone have learning rates of their own, equal only in long runs; the
+warm-up is a tenth of the steps where that is less than 1500; images keep their native size, which the scale is relative
+to; no drop path.
 """
 
 from collections.abc import Sequence
@@ -135,8 +136,8 @@ class FinetuneRecipe:
         asked(self)
         check_scale("base_scale", self.base_scale)
         ranges.check(self)
-        if self.pyramid and self.head == "linear":
-            raise ValueError("pyramid is on, but head 'linear' has none; give --head fpn or upernet")
+        if self.pyramid and self.head not in ("fpn", "upernet"):
+            raise ValueError(f"pyramid is on, but head {self.head!r} has none; give --head fpn or upernet")
 
 
 def main(argv: Sequence[str]) -> None:

@@ -124,8 +124,7 @@ def first_balanced(probe: Tensor, dominant_share: float) -> Tensor:
     counts = torch.zeros((*probe.shape[:2], 256), device=probe.device)
     counts.scatter_add_(2, probe.long(), torch.ones((), device=probe.device).expand(probe.shape))
     counts = counts[..., :IGNORED]
-    several = (counts > 0).sum(dim=-1) > 1
-    balanced = several & (counts.amax(dim=-1) < dominant_share * counts.sum(dim=-1))
+    balanced = counts.amax(dim=-1) < dominant_share * counts.sum(dim=-1)  # never with one class or none
     balanced[:, -1] = True
     return balanced.int().argmax(dim=1)
 

@@ -46,7 +46,7 @@ RANGES = {
     # fine-tuning
     "num_images": "[1, inf)",  # of a comparison, at least 2
     "eval_every": "[1, inf)",
-    "crop_size": "[1, inf)",
+    "crop_size": "[1, 16384]",
     "dominant_share": "(0, 1]",
     "backbone_learning_rate": "[0, inf)",
     "poly_power": "(0, inf)",

@@ -3,7 +3,7 @@
 Localization: an oracle gives each predicted mask the class of the true mask of that image that it overlaps best, by
 IoU; what mIoU then lacks is wrong outlines. Classification: which classes are in an image, wherever they are; mean
 average precision. A mask is all pixels of one class in an image. LOCA does not say how an image's score for a class is
-made; here it is the highest probability of any pixel.
+made; here it is the highest probability of any pixel. Pixels with the ignored label count in neither.
 """
 
 import math
@@ -27,9 +27,12 @@ def localised(matrix: Tensor) -> Tensor:
     return torch.zeros_like(matrix).index_add_(1, best, matrix)
 
 
-def presence_scores(logits: Tensor) -> Tensor:
-    """How likely each class is somewhere in an image: (n, k, h, w) -> (n, k) in [0, 1]."""
-    return logits.softmax(dim=1).amax(dim=(2, 3))
+def presence_scores(logits: Tensor, counted: Tensor) -> Tensor:
+    """How likely each class is somewhere in an image, where pixels are counted; 0 where none are.
+
+    logits (n, k, h, w), counted (n, h, w) bool; the result is (n, k) in [0, 1].
+    """
+    return logits.softmax(dim=1).where(counted.unsqueeze(1), 0).amax(dim=(2, 3))
 
 
 def average_precision(scores: Tensor, present: Tensor) -> float:
