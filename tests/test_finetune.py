@@ -23,7 +23,7 @@ from glare.finetune import FinetuneRecipe, learning_rates
 from glare.finetune_data import open_data
 from glare.finetune_plan import Plan, make_plan
 from glare.inference import load_segmenter
-from glare.segmenters import load_pretrained, parameter_groups, select_trained
+from glare.segmenters import load_pretrained, parameter_groups, select_trained, set_training
 from glare.weight_decay import decays
 
 ROOT = Path(__file__).parents[1]
@@ -175,6 +175,18 @@ def test_adapters_cannot_train_where_there_are_none(recipe: FinetuneRecipe) -> N
     with pytest.raises(UserError, match="--train-on adapter needs a model with adapters, this one has none"):
         finetune.run(replace(recipe, train_on="adapter"))
     assert not recipe.output.exists()
+
+
+def test_features_that_are_frozen_are_those_of_evaluation(make_vit: MakeVit) -> None:
+    vit = GlareModel.from_backbone(make_vit(hidden_dropout_prob=0.5))
+    segmenter = GlareForSemanticSegmentation.from_model(vit, num_labels=3, head="fpn")
+    pixels = torch.rand(1, 3, 16, 16)
+    for train_on, alike in (("head", True), ("full", False)):
+        select_trained(segmenter, train_on)
+        set_training(segmenter)
+        first, second = (segmenter.glare(pixels).last_hidden_state for _ in range(2))
+        assert torch.equal(first, second) == alike
+        assert segmenter.head.training
 
 
 def test_head_and_backbone_have_their_rates_and_only_matrices_decay(make_vit: MakeVit) -> None:

@@ -66,6 +66,7 @@ from glare.segmenters import (
     load_pretrained,
     parameter_groups,
     select_trained,
+    set_training,
     synchronised,
     vit_of,
 )
@@ -225,7 +226,7 @@ def run(signals: Signals, recipe: FinetuneRecipe, *, train: LabelledSet | None =
     bar = tqdm(total=plan.steps, initial=start, desc="finetune", disable=not show)
     signals.hold(folder.path, bar)
     clock, logged = Clock(), start
-    wrapped.train()
+    set_training(model)
     for step, index in zip(range(start, plan.steps), batches, strict=False):
         if step and recipe.eval_every and step % recipe.eval_every == 0:
             # first here, after the checkpoint of these steps: a run that is stopped in it does it again
@@ -304,7 +305,7 @@ def judge(job: Job, model: PreTrainedModel) -> tuple[SegmentationScores, list[tu
         matrix, skipped = confusion(
             model, job.val, indices, normalise=job.normalise, sweep=asked(recipe), strict=recipe.strict
         )
-    model.train()
+    set_training(model)
     total = accelerator.reduce(matrix.to(accelerator.device), reduction="sum").cpu()
     return SegmentationScores.from_confusion(total, job.val.classes), gather_object(skipped)
 

@@ -127,6 +127,13 @@ def select_trained(segmenter: PreTrainedModel, train_on: str) -> None:
         final_norm(vit.backbone).requires_grad_(False)
 
 
+def set_training(segmenter: PreTrainedModel) -> None:
+    """Training mode; a ViT of which nothing trains has the same features as in evaluation, without dropout."""
+    segmenter.train()
+    vit = vit_of(segmenter)
+    vit.train(any(parameter.requires_grad for parameter in vit.parameters()))
+
+
 def image_processor(normalise: Normalisation, *, size: int, patch: int) -> DPTImageProcessorPil:
     """What prepares images for transformers: near ``size`` px a side at their own shape, in multiples of the patch.
 
