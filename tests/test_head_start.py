@@ -71,3 +71,13 @@ def test_centres_are_the_mean_logits_and_the_targets_say_more() -> None:
             expected = head.prototypes(head(tokens)).mean(dim=0)
             torch.testing.assert_close(ours.objective.centre(level), expected, atol=1e-4, rtol=1e-3)
     assert information() > before + 0.2
+
+
+def test_under_autocast_the_centres_are_those_of_the_fitted_head() -> None:
+    """Autocast keeps what it has cast of a layer, and would compute the centres with the layer as it was."""
+    plain, cast = student(), student()
+    for ours, enabled in ((plain, False), (cast, True)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            start_head(ours, seen(), temperature=0.04, draws=Draws(torch.Generator().manual_seed(1), 3))
+    for level in ("cls", "patch", "region"):
+        torch.testing.assert_close(cast.objective.centre(level), plain.objective.centre(level), atol=0.03, rtol=0)

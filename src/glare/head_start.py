@@ -64,8 +64,12 @@ def start_head(student: Student, views: Views, *, temperature: float, draws: Dra
 
 @torch.no_grad()
 def whiten(head: ProjectionHead, rows: Tensor) -> None:
-    """Change the last layer of the head's MLP so that its output over ``rows`` (n, dim) is white."""
-    output = head.mlp(rows).cpu().double()  # not every GPU has float64
+    """Change the last layer of the head's MLP so that its output over ``rows`` (n, dim) is white.
+
+    Autocast is left out: what it has cast of a layer it would use again, after the layer has changed.
+    """
+    with torch.autocast(rows.device.type, enabled=False):
+        output = head.mlp(rows.float()).cpu().double()  # not every GPU has float64
     mean = output.mean(dim=0)
     values, vectors = eigh(gram([output - mean]) / len(output))
     scale = (values + FLOOR * values.mean() + EPS).rsqrt()
