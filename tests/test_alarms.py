@@ -61,6 +61,10 @@ def test_the_same_target_for_all_images() -> None:
     found = constant_targets(entropies((0.9, 0.902), (0.8, 0.801), (1.12, 1.121)), images=8, prototypes=512)
     assert found is not None and "entropy of their mean 1.12 nats" in found and "6.24 would be uniform" in found
     assert constant_targets(entropies(*[(0.0, 0.0)] * 3), images=8, prototypes=512)
+    # a run with centres that did not belong to its head, every other step
+    started = [(1.120, 1.244), (0.048, 0.074), (0.017, 0.018), (0.075, 0.091)]
+    assert constant_targets(entropies(*started), images=8, prototypes=512)
+    assert not constant_targets(entropies(*started[:3]), images=8, prototypes=512)
 
 
 @pytest.mark.parametrize(

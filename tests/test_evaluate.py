@@ -236,19 +236,24 @@ def test_models_that_do_not_segment_are_refused(
     data: Path, tmp_path: Path, make_vit: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_vit().save_pretrained(tmp_path / "vit")
-    for model, message in (("no/where", "cannot be loaded"), (tmp_path / "vit", "cannot be loaded")):
+    for model, message in (("no/where", "cannot be loaded"), (tmp_path / "vit", "is a ViTModel; give")):
         assert glare_main(["evaluate", "--model", str(model), "--data", str(data)]) == 2
         assert message in capsys.readouterr().err
 
 
 def test_a_backbone_without_head_is_told_to_be_fine_tuned(
-    data: Path, tmp_path: Path, make_vit_config: Any, capsys: pytest.CaptureFixture[str]
+    data: Path,
+    tmp_path: Path,
+    make_vit_config: Any,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     from glare import GlareModel
 
     GlareModel(GlareConfig(backbone_config=make_vit_config())).save_pretrained(tmp_path / "bare")
     assert glare_main(["evaluate", "--model", str(tmp_path / "bare"), "--data", str(data)]) == 2
     assert "is a GlareModel without segmentation head; run glare finetune on it first" in capsys.readouterr().err
+    assert "MISSING" not in caplog.text, "no head is drawn for it"
 
 
 def test_the_table_shows_percent_and_gaps() -> None:

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
-from transformers import AutoModelForSemanticSegmentation, PreTrainedModel
+from transformers import AutoModelForSemanticSegmentation, PreTrainedConfig, PreTrainedModel
 
 from glare import recipes
 from glare.backbones import check_size, read_config, read_normalisation
@@ -182,21 +182,26 @@ def load_segmenter(name: str, *, device: torch.device) -> tuple[PreTrainedModel,
     hint = "give a run folder of glare finetune, its model folder, or the Hub id of such a model"
     with explained("model", name, hint):
         asked = read_config(place)
+    _check_kind(name, asked)
+    with explained("model", name, hint):
         check_size(lambda: AutoModelForSemanticSegmentation.from_config(asked, trust_remote_code=False))
         model = AutoModelForSemanticSegmentation.from_pretrained(place.name, dtype=torch.float32, **place.safe_options)
-    config, named = model.config, model.config.architectures
-    built = str(named[0]) if isinstance(named, list) and named else type(model).__name__
-    if not isinstance(
-        getattr(config, "backbone_config", None) if config.model_type == "upernet" else config, GlareConfig
-    ):
-        raise UserError(f"model {name!r} is a {built}; give a model that glare finetune has written")
-    if "Segmentation" not in built:
-        raise UserError(f"model {name!r} is a {built} without segmentation head; run glare finetune on it first")
     with explained("model", name, "give a model whose config.json is as glare finetune has written it"):
         _check_config(model)
-    if config.model_type == "upernet":
+    if model.config.model_type == "upernet":
         model.auxiliary_head = None  # has a part in training alone, and would be computed
     return model.to(device).eval(), read_normalisation(name)
+
+
+def _check_kind(name: str, config: PreTrainedConfig) -> None:
+    """Raise UserError unless a configuration is that of a segmentation model of this package."""
+    named = config.architectures
+    built = str(named[0]) if isinstance(named, list) and named else f"model of type {config.model_type}"
+    inner = config.backbone_config if config.model_type == "upernet" else config
+    if not isinstance(inner, GlareConfig):
+        raise UserError(f"model {name!r} is a {built}; give a model that glare finetune has written")
+    if named and "Segmentation" not in built:
+        raise UserError(f"model {name!r} is a {built} without segmentation head; run glare finetune on it first")
 
 
 def _check_config(model: PreTrainedModel) -> None:
