@@ -125,7 +125,8 @@ def test_sharded_blocks_compute_the_same(given: Given, forks: Forks, tmp_path: P
 def test_a_fully_trained_sharded_vit_resumes_and_is_saved_whole(given: Given, forks: Forks) -> None:
     """Also where an earlier checkpoint becomes the model."""
     full = {"adapter": "full", "anchor": 0.0, "checkpoint_every": 1, "warmup_steps": 1, "select": "health"}
-    full |= {"momentum": 0.9, "momentum_end": 0.9}
+    # AdamW magnifies the rounding of gradients that are nearly zero, in proportion to the rate
+    full |= {"momentum": 0.9, "momentum_end": 0.9, "learning_rate": 1e-4}
     for changes in ({"steps": STEPS - 1}, {"steps": STEPS, "resume": True}):
         sharded = forked(forks, given("sharded", shard=True, **full, **changes))
         whole = pretrain.run(given("whole", **full, **changes))

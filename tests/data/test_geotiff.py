@@ -612,7 +612,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     command = [sys.executable, "-c", MEMORY, str(tmp_path)]
     count, taken = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     assert count == "64", taken
-    assert int(taken) < 16 + 80
+    assert int(taken) < 122, "half of it"
 
 
 def test_the_estimate_of_decoded_windows_decodes_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
