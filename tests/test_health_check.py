@@ -1,6 +1,7 @@
 """What a check of health measures: the same few images, against the model before its first step."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,12 +16,14 @@ from glare.features import use_packed_attention
 from glare.health import feature_std, mean_cosine, rankme
 from glare.health_check import HealthCheck, centre_crops, check_views
 from glare.modeling_glare import GlareModel
+from glare.runtime import make_accelerator
 from glare.views import Normalisation
 
 
 @pytest.fixture
 def accelerator() -> Accelerator:
-    return Accelerator(cpu=True)
+    # not that of an earlier test, whose precision another one made in this process would take over
+    return make_accelerator(device="cpu", precision="fp32", report_to="none", output=Path())
 
 
 def packed(sizes: list[tuple[int, int]]) -> PackedImages:
